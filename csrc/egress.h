@@ -1,0 +1,210 @@
+/* egress.h - what the parts of the egress stage share: tcp.c, udp.c, icmp.c, stage_egress.c.
+ *
+ * egress turns frames into host sockets and back. It owns the flow table's entries, one descriptor an
+ * entry at most, one timer an entry, and a queue of entries that have something to do. Everything a
+ * protocol file needs from the others is here.
+ */
+#ifndef RN_EGRESS_H
+#define RN_EGRESS_H
+
+#include "rn_flow.h"
+#include "rn_proto.h"
+#include "rn_stage.h"
+
+/* CFFI BEGIN */
+struct egress_config {
+	uint8_t gateway4[4], gateway_mac[6];
+	uint32_t mtu;		/* bytes of L3 towards the guest, 576..65520 */
+	int offload;		/* link has virtio-net headers: partial checksums and super-frames allowed */
+	int host_loopback;	/* gateway address reaches the host's 127.0.0.1 */
+	int peek_offset;	/* 1: SO_PEEK_OFF (Linux >= 6.9); 0: peek past a discard buffer; -1: find out */
+	int raw_icmp_fd;	/* raw ICMP socket made before rights were dropped, or -1 */
+	uint32_t nfile;		/* descriptors we may have */
+	uint32_t udp_max;	/* UDP mappings kept, then the least recently used goes */
+	uint32_t pending_max;	/* TCP connects under way, then RST */
+	char dns_path[108];	/* abstract Unix address of services' DNS-over-TCP (without the leading NUL), "": none */
+	uint64_t seed;		/* 0: real clock; else ISNs and ids are repeatable */
+};
+int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, const struct egress_config *cfg);
+int stage_egress_step(struct rn_stage *s, int timeout_ms, uint64_t now_ns); /* for tests */
+uint64_t stage_egress_siphash(uint64_t key0, uint64_t key1, const void *data, uint64_t len);
+/* CFFI END */
+
+#define EG_NONE UINT32_MAX
+
+struct eg_parked; /* tcp.c: guest segments kept; a list */
+
+/* Private half of a flow, same index as in the table. */
+struct flow_priv {
+	int fd; /* host socket or -1 */
+	uint32_t hash_next, bucket;
+	uint8_t proto; /* our copy of the table's: what the entry is dispatched by */
+	uint8_t in_lru;
+	uint32_t timer_next, timer_prev; /* wheel list; EG_NONE ends */
+	uint64_t deadline;		 /* ns; UINT64_MAX: no timer */
+	uint64_t tick;			 /* wheel tick it hangs at, never after @deadline's */
+	uint16_t slot;			 /* wheel slot it hangs in */
+	uint8_t timed;			 /* 1: in the wheel */
+	uint8_t queued;			 /* 1: in the work queue */
+	uint32_t work_next, work_prev;
+	uint32_t lru_next, lru_prev; /* UDP, ICMP: least recently used order */
+	uint32_t work;		     /* protocol's own bits: what there is to do */
+	/* TCP */
+	struct eg_parked *parked;
+	uint32_t nparked;
+	uint8_t dupacks, backoff, probes, is_unix;
+	uint32_t peeked;	/* our idea of SO_PEEK_OFF */
+	uint32_t recover;	/* snd_max when loss was found (RFC 6582) */
+	uint32_t rtt_seq;	/* sequence number timed, and when */
+	uint64_t rtt_ns;
+	uint64_t rto_at, ack_at, life_at; /* ns of each reason for the timer, UINT64_MAX none */
+	uint32_t sndbuf; /* bytes the host socket's send buffer holds, as last asked */
+	uint32_t flags;
+	/* UDP, ICMP */
+	uint8_t replied; /* a reply came: the long timeout holds (RFC 4787 4.3) */
+	uint8_t big;	 /* UDP: read the next burst into large buffers */
+	uint16_t ident;	 /* raw ICMP: identifier on the wire */
+};
+
+#define EG_WHEEL 1024u		  /* slots */
+#define EG_TICK_NS 4000000ull /* 4 ms: timers are late by at most this */
+
+struct eg_lru {
+	uint32_t head, tail, n;
+};
+struct eg_backlog; /* stage_egress.c */
+
+#define EG_FD_RESERVE 32u /* descriptors that are not host sockets: rings, doorbells, control, epoll */
+
+struct egress {
+	struct rn_stage *s;
+	struct egress_config cfg;
+	struct rn_flows *flows;
+	uint32_t nflows, used;
+	struct flow_priv *priv;
+	uint32_t free_head; /* chain by hash_next */
+	uint32_t *hash;	    /* heads; power of two */
+	uint32_t hash_mask;
+	uint32_t wheel[EG_WHEEL + 1]; /* the last list: due, their handlers still to be called */
+	uint64_t wheel_map[EG_WHEEL / 64]; /* slots that hold something */
+	uint64_t wheel_at; /* tick looked at last */
+	uint32_t ntimers;
+	uint32_t work_head, work_tail; /* FIFO of flows with something to do: round robin */
+	uint32_t nfds;		       /* host sockets open */
+	uint32_t pending;	       /* TCP connects under way */
+	struct eg_lru udp_lru, icmp_lru; /* mappings; head is the oldest */
+	struct udp_state *udp;
+	struct icmp_state *icmp;
+	struct tcp_state *tcp;
+	struct eg_backlog *backlog, **backlog_end; /* datagrams for the guest that found no room, oldest first */
+	uint32_t nbacklog;
+	uint64_t tokens_ns, tokens; /* ICMP errors: bucket (RFC 1812 4.3.2.8) */
+	uint8_t raw_ready;	    /* the shared raw ICMP socket may have something */
+	uint16_t ip_id;
+	uint64_t rng;
+	uint64_t secret[2]; /* our copy of the session key */
+};
+
+/* One frame from the guest, checked: every offset lies in the frame. */
+struct eg_frame {
+	struct rn_buf *buf;
+	const uint8_t *eth; /* start of frame */
+	uint32_t len;
+	const uint8_t *ip; /* IP header */
+	uint32_t ip_hlen;
+	const uint8_t *l4;
+	uint32_t l4_hlen; /* header incl. options */
+	const uint8_t *payload;
+	uint32_t payload_len;
+	uint8_t proto, ttl;
+	uint8_t kept; /* handler sets: buffer was kept (parked), do not free it */
+};
+
+/* --- stage_egress.c: flow table --- */
+/* Index of the flow with this key, or EG_NONE. */
+uint32_t eg_find(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
+		 uint16_t pport);
+/* New entry, in the hash, owner words set to this stage, times set; EG_NONE if the table is full. */
+uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
+		uint16_t pport, const uint8_t mac[6]);
+/* Out of hash, wheel, queue, LRU; host socket closed; entry free. Parked segments must be gone. */
+void eg_drop(struct egress *e, uint32_t i);
+static inline struct rn_flow *eg_flow(struct egress *e, uint32_t i)
+{
+	return &e->flows->flow[i];
+}
+/* Watch fd of flow @i (EPOLLET as the caller says); 0 or -errno. Events come to the protocol's *_event. */
+int eg_watch(struct egress *e, uint32_t i, int fd, uint32_t events);
+int eg_rewatch(struct egress *e, uint32_t i, uint32_t events); /* EPOLL_CTL_MOD: re-arms an edge */
+void eg_close_fd(struct egress *e, uint32_t i);
+/* One timer a flow: fires the protocol's *_timer at or after @at (ns); UINT64_MAX takes it away. */
+void eg_timer(struct egress *e, uint32_t i, uint64_t at);
+/* May another host socket be opened? */
+static inline int eg_fd_room(const struct egress *e)
+{
+	return e->nfds + EG_FD_RESERVE < e->cfg.nfile;
+}
+/* Least-recently-used lists of mappings (by proto of the entry): to the young end, added if it is in none. */
+void eg_lru_touch(struct egress *e, uint32_t i);
+/* Put flow in the work queue (once); the protocol's *_work is called with room in the guest ring. */
+void eg_work(struct egress *e, uint32_t i, uint32_t bits);
+uint64_t eg_random(struct egress *e);
+uint64_t eg_siphash(const struct egress *e, const void *data, size_t len); /* SipHash-2-4, session key */
+
+/* --- stage_egress.c: output to the guest --- */
+/* The Ethernet header's place in a buffer of eg_out_buf(). */
+static inline uint8_t *eg_eth(struct rn_buf *b)
+{
+	return (uint8_t *)b + RN_BUF_ETH_OFF;
+}
+/* A buffer of class @cls and room in the ring for one frame, or NULL (want_room / want_buf set). */
+struct rn_buf *eg_out_buf(struct egress *e, enum rn_buf_class cls);
+/* Fill Ethernet + IPv4 header at @eth for @l4_len bytes behind it: DF if @df, TTL 64. Header checksum done. */
+void eg_ip4_header(struct egress *e, uint8_t *eth, const uint8_t mac[6], const uint8_t src[4], const uint8_t dst[4],
+		   uint8_t proto, uint32_t l4_len, int df);
+/* Send: @eth inside @b, @len bytes of frame; @vnet may be NULL (all zero: checksums are complete). */
+void eg_emit(struct egress *e, struct rn_buf *b, uint8_t *eth, uint32_t len, const struct rn_vnet_hdr *vnet);
+/* Send an L4 datagram (UDP or ICMP; checksum complete) of any size up to 65515: fragments if it is longer
+ * than the MTU (RFC 791 3.2). What finds no room is kept and goes out before anything else does; 0, or -EAGAIN
+ * with nothing sent if too much is kept already. While eg_backlog() is not 0 do not read more from the host. */
+int eg_send_datagram(struct egress *e, const uint8_t mac[6], const uint8_t src[4], const uint8_t dst[4], uint8_t proto,
+		     const uint8_t *l4, uint32_t l4_len, uint8_t ttl);
+static inline uint32_t eg_backlog(const struct egress *e)
+{
+	return e->nbacklog;
+}
+/* ICMP error about a guest's packet (RFC 792, RFC 1812 4.3.2): quotes the IP header + up to 548 bytes. @src is
+ * who says so (gateway or offender). 0, -EAGAIN no room (counted), -EPERM not allowed by RFC 1122 3.2.2,
+ * -EBUSY over the rate limit. */
+int eg_icmp_error(struct egress *e, const uint8_t mac[6], const uint8_t src[4], const uint8_t *ip, uint32_t ip_len,
+		  uint8_t type, uint8_t code, uint32_t rest);
+/* Where the guest's destination is on the host side: gateway becomes 127.0.0.1 if allowed; 0 or -EACCES. */
+int eg_host_addr(const struct egress *e, const uint8_t guest_dst[4], uint8_t host[4]);
+/* The reverse: address the guest knows a host-side sender by. */
+void eg_guest_addr(const struct egress *e, const uint8_t host[4], uint8_t guest_src[4]);
+
+/* --- protocols --- */
+int tcp_init(struct egress *e);
+void tcp_fini(struct egress *e); /* RST or FIN what lives, free parked */
+void tcp_input(struct egress *e, struct eg_frame *f);
+void tcp_event(struct egress *e, uint32_t i, uint32_t events);
+void tcp_timer(struct egress *e, uint32_t i);
+/* Do some of what is queued; returns 1 if more is left (it is queued again at the end), 0 if not, -1 if it
+ * stopped for room or a buffer (it is queued again at the front). */
+int tcp_work(struct egress *e, uint32_t i);
+
+int udp_init(struct egress *e);
+void udp_fini(struct egress *e);
+void udp_input(struct egress *e, struct eg_frame *f);
+void udp_event(struct egress *e, uint32_t i, uint32_t events);
+void udp_timer(struct egress *e, uint32_t i);
+int udp_work(struct egress *e, uint32_t i);
+
+int icmp_init(struct egress *e);
+void icmp_fini(struct egress *e);
+void icmp_input(struct egress *e, struct eg_frame *f);
+void icmp_event(struct egress *e, uint32_t i, uint32_t events); /* i == EG_NONE: the shared raw socket */
+void icmp_timer(struct egress *e, uint32_t i);
+int icmp_work(struct egress *e, uint32_t i); /* as icmp_event for i */
+
+#endif

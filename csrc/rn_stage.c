@@ -1,0 +1,562 @@
+/* rn_stage.c - the loop all C stages share (contract: rn_stage.h).
+ *
+ * Theory of operation
+ *
+ * The process has one thread and blocks in one place, epoll_wait. While turn() finds work the loop does not
+ * go near the kernel, except that every BUSY_TURNS turns it polls its descriptors without blocking, so that
+ * control messages and the stage's own sockets are served under load too. When turn() is idle, everything
+ * that could give it work is armed and looked at once more (rn_ring.h explains why that cannot miss a wake),
+ * the cell says asleep, and epoll_wait blocks until a neighbour rings the doorbell, a descriptor is ready, or
+ * the stage's next timer is due.
+ *
+ * Why an idle turn may not sleep yet: a turn that stopped for want of a buffer may itself have freed buffers
+ * after it stopped. It sees more free ones at its end than at its beginning; another turn is then due, and at
+ * most as many follow as there are buffers.
+ *
+ * system calls: epoll_wait, epoll_ctl, read and write (doorbells), clock_gettime (vDSO)
+ */
+#include "rn_stage.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define BUSY_TURNS 16		  /* turns between two looks at the descriptors */
+#define EVENTS_MAX 64		  /* events taken from epoll at once */
+#define SIGNAL_NS 100000000ull /* a busy loop returns this often, so that Python can run signal handlers */
+
+uint64_t rn_now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+int rn_fail(struct rn_stage *s, int err, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(s->error, sizeof(s->error), fmt, ap);
+	va_end(ap);
+	return err;
+}
+
+void *rn_map(int fd, uint64_t size, int ro)
+{
+	struct stat st;
+	void *mem;
+
+	if (fstat(fd, &st))
+		return NULL;
+	/* Pages past the end of the object would be SIGBUS later; an error now names the cause. */
+	if (!size || (uint64_t)st.st_size < size) {
+		errno = EMSGSIZE;
+		return NULL;
+	}
+	mem = mmap(NULL, size, ro ? PROT_READ : PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	return mem == MAP_FAILED ? NULL : mem;
+}
+
+void rn_unmap(void *mem, uint64_t size)
+{
+	if (mem)
+		munmap(mem, size);
+}
+
+struct rn_stage *rn_stage_new(uint32_t row, uint32_t generation)
+{
+	struct rn_stage *s;
+
+	if (row >= RN_STAGES_MAX)
+		return NULL;
+	s = calloc(1, sizeof(*s));
+	if (!s)
+		return NULL;
+	s->row = row;
+	s->generation = generation;
+	s->control = -1;
+	s->pool.part = -1;
+	for (uint32_t i = 0; i < RN_STAGES_MAX; i++)
+		s->bells[i] = s->pool.bells[i] = -1;
+	s->epfd = epoll_create1(EPOLL_CLOEXEC);
+	if (s->epfd < 0) {
+		free(s);
+		return NULL;
+	}
+	s->now = rn_now_ns();
+	return s;
+}
+
+/* The descriptors granted stay the caller's, as does the memory. */
+void rn_stage_free(struct rn_stage *s)
+{
+	if (!s)
+		return;
+	rn_stage_fini(s);
+	rn_pool_detach(&s->pool);
+	close(s->epfd);
+	free(s);
+}
+
+const char *rn_stage_error(const struct rn_stage *s)
+{
+	return s->error;
+}
+
+/* What a negative errno of an attach means, in words. */
+static const char *why(int err)
+{
+	switch (err) {
+	case -EINVAL:
+		return "not mapped, misaligned or out of range";
+	case -EPROTO:
+		return "made by another build, or not this kind of object";
+	case -EMSGSIZE:
+		return "mapping too short";
+	}
+	return strerror(-err);
+}
+
+int rn_stage_set_session(struct rn_stage *s, void *mem, uint64_t size)
+{
+	struct rn_session *session = mem;
+	int err = rn_session_check(mem, size);
+
+	if (err)
+		return rn_fail(s, err, "session: %s", why(err));
+	if (s->row >= session->nstages)
+		return rn_fail(s, -EINVAL, "session: no row %u", s->row);
+	s->session = session;
+	s->cell = &session->cells[s->row];
+	atomic_store_explicit(&s->cell->pid, (uint32_t)getpid(), memory_order_relaxed);
+	atomic_store_explicit(&s->cell->generation, s->generation, memory_order_relaxed);
+	atomic_store_explicit(&s->cell->heartbeat_ns, rn_now_ns(), memory_order_relaxed);
+	atomic_store_explicit(&s->cell->asleep, 0, memory_order_relaxed);
+	/* Counters go on where the last generation stopped: rates stay true and nothing is lost to the reader. */
+	for (uint32_t i = 0; i < RN_NCOUNTERS; i++)
+		s->c[i] = atomic_load_explicit(&s->cell->counters[i], memory_order_relaxed);
+	s->wakes_before = s->c[RN_C_wakes_sent];
+	return 0;
+}
+
+int rn_stage_set_arena(struct rn_stage *s, void *mem, uint64_t size, int has_part)
+{
+	int err;
+
+	rn_pool_detach(&s->pool);
+	err = rn_pool_attach(&s->pool, mem, size, has_part ? (int)s->row : -1, s->row, s->generation > 1);
+	if (err)
+		return rn_fail(s, err, "arena: %s", why(err));
+	for (uint32_t i = 0; i < RN_STAGES_MAX; i++)
+		s->pool.bells[i] = i == s->row ? -1 : s->bells[i];
+	return 0;
+}
+
+/* In any order with the other grants. */
+int rn_stage_set_bell(struct rn_stage *s, uint32_t row, int fd)
+{
+	int err;
+
+	if (row >= RN_STAGES_MAX || fd < 0)
+		return rn_fail(s, -EINVAL, "doorbell: no row %u, or descriptor %d", row, fd);
+	if (row == s->row) {
+		err = rn_stage_watch(s, fd, EPOLLIN, RN_EV(RN_TAG_BELL, 0));
+		if (err)
+			return err;
+		s->bells[row] = fd;
+		return 0;
+	}
+	s->bells[row] = fd;
+	s->pool.bells[row] = fd;
+	for (uint32_t i = 0; i < s->nin; i++)
+		if (s->in_row[i] == row)
+			s->in[i].bell = fd;
+	for (uint32_t i = 0; i < RN_NROLES; i++)
+		if (s->has_out[i] && s->out_row[i] == row)
+			s->out[i].bell = fd;
+	return 0;
+}
+
+int rn_stage_add_input(struct rn_stage *s, void *mem, uint64_t size, uint32_t producer_row)
+{
+	int err;
+
+	if (s->nin >= RN_INPUTS_MAX || producer_row >= RN_STAGES_MAX || producer_row == s->row)
+		return rn_fail(s, -EINVAL, "input ring from stage row %u: more than %u inputs, or no such row",
+			       producer_row, RN_INPUTS_MAX);
+	err = rn_ring_rx_attach(&s->in[s->nin], mem, size, s->bells[producer_row]);
+	if (err)
+		return rn_fail(s, err, "input ring from stage row %u: %s", producer_row, why(err));
+	s->in_row[s->nin++] = producer_row;
+	return 0;
+}
+
+int rn_stage_add_output(struct rn_stage *s, int role, void *mem, uint64_t size, uint32_t consumer_row)
+{
+	int err;
+
+	if (role < 0 || role >= RN_NROLES || s->has_out[role] || consumer_row >= RN_STAGES_MAX ||
+	    consumer_row == s->row)
+		return rn_fail(s, -EINVAL, "output ring, role %d, to stage row %u: no such role or row, or given twice",
+			       role, consumer_row);
+	err = rn_ring_tx_attach(&s->out[role], mem, size, s->bells[consumer_row]);
+	if (err)
+		return rn_fail(s, err, "output ring, role %d, to stage row %u: %s", role, consumer_row, why(err));
+	s->out_row[role] = consumer_row;
+	s->has_out[role] = 1;
+	return 0;
+}
+
+int rn_stage_set_control(struct rn_stage *s, int fd)
+{
+	int err = rn_stage_watch(s, fd, EPOLLIN | EPOLLRDHUP, RN_EV(RN_TAG_CONTROL, 0));
+
+	if (!err)
+		s->control = fd;
+	return err;
+}
+
+int rn_stage_watch(struct rn_stage *s, int fd, uint32_t events, uint64_t data)
+{
+	struct epoll_event ev = { .events = events, .data.u64 = data };
+
+	if (epoll_ctl(s->epfd, EPOLL_CTL_ADD, fd, &ev))
+		return rn_fail(s, -errno, "cannot watch descriptor %d: %s", fd, strerror(errno));
+	return 0;
+}
+
+void rn_stage_state(struct rn_stage *s, int state)
+{
+	if (s->cell)
+		atomic_store_explicit(&s->cell->state, (uint32_t)state, memory_order_relaxed);
+}
+
+void rn_stage_drain(struct rn_stage *s)
+{
+	s->draining = 1;
+}
+
+uint64_t rn_stage_counter(const struct rn_stage *s, uint32_t i)
+{
+	return i < RN_NCOUNTERS ? s->c[i] : 0;
+}
+
+static void publish_counters(struct rn_stage *s)
+{
+	uint64_t wakes = s->wakes_before + s->pool.wakes;
+
+	for (uint32_t i = 0; i < s->nin; i++)
+		wakes += s->in[i].wakes;
+	for (uint32_t i = 0; i < RN_NROLES; i++)
+		wakes += s->out[i].wakes;
+	s->c[RN_C_wakes_sent] = wakes;
+	if (!s->cell)
+		return;
+	for (uint32_t i = 0; i < RN_NCOUNTERS; i++)
+		atomic_store_explicit(&s->cell->counters[i], s->c[i], memory_order_relaxed);
+}
+
+void rn_stage_publish(struct rn_stage *s)
+{
+	for (uint32_t i = 0; i < RN_NROLES; i++)
+		if (s->has_out[i])
+			rn_ring_publish(&s->out[i]);
+}
+
+void rn_stage_fini(struct rn_stage *s)
+{
+	if (s->ops && s->ops->fini)
+		s->ops->fini(s);
+	s->ops = NULL;
+	rn_stage_publish(s);
+	publish_counters(s);
+}
+
+/**
+ * rn_stage_emit() - Put a finished frame on an output
+ * @s:		Stage
+ * @role:	enum rn_role; the caller has seen rn_stage_room() > 0 for this frame
+ * @b:		Buffer, ours until now, the consumer's from here on
+ * @eth:	Ethernet header inside @b, at least RN_VNET_HLEN behind the buffer header
+ * @len:	Bytes of frame
+ * @flags:	RN_DESC_*; without RN_DESC_VNET the virtio-net header is zeroed
+ */
+void rn_stage_emit(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, uint32_t len, uint16_t flags)
+{
+	struct rn_desc d = {
+		.off = rn_buf_off(&s->pool, eth),
+		.len = len,
+		.flags = flags,
+		.gen = (uint16_t)b->gen,
+	};
+
+	if (!(flags & RN_DESC_VNET))
+		memset((uint8_t *)b + (eth - (const uint8_t *)b) - RN_VNET_HLEN, 0, RN_VNET_HLEN);
+	atomic_store_explicit(&b->holder, s->out_row[role] + 1, memory_order_relaxed);
+	rn_ring_put(&s->out[role], &d);
+}
+
+static int bad_output(struct rn_stage *s, int role)
+{
+	struct rn_ring_tx *tx = &s->out[role];
+	uint64_t head = atomic_load_explicit(&tx->ring->head, memory_order_relaxed);
+
+	s->broken = 1;
+	return rn_fail(s, -EPROTO,
+		       "output ring, role %d, to stage row %u: head %llu is not within %u slots behind tail %llu", role,
+		       s->out_row[role], (unsigned long long)head, tx->nslots, (unsigned long long)tx->published);
+}
+
+static int bad_input(struct rn_stage *s, uint32_t i)
+{
+	struct rn_ring_rx *rx = &s->in[i];
+	uint64_t tail = atomic_load_explicit(&rx->ring->tail, memory_order_relaxed);
+
+	s->broken = 1;
+	return rn_fail(s, -EPROTO, "input ring from stage row %u: tail %llu is over %u slots past head %llu",
+		       s->in_row[i], (unsigned long long)tail, rx->nslots, (unsigned long long)rx->head);
+}
+
+int rn_stage_room(struct rn_stage *s, int role, uint32_t want)
+{
+	struct rn_ring_tx *tx;
+	int room;
+
+	if (role < 0 || role >= RN_NROLES || !s->has_out[role])
+		return 0;
+	tx = &s->out[role];
+	room = rn_ring_room(tx, want);
+	if (RN_UNLIKELY(room < 0)) {
+		bad_output(s, role);
+		room = 0;
+	}
+	if ((uint32_t)room < want && want > tx->want)
+		tx->want = want; /* fewer would not be enough to wake up for */
+	if (!room)
+		s->want_room[role] = 1;
+	return room;
+}
+
+int rn_stage_peek(struct rn_stage *s, uint32_t i, uint32_t max)
+{
+	int n = rn_ring_peek(&s->in[i], max);
+
+	if (RN_UNLIKELY(n < 0)) {
+		bad_input(s, i);
+		return 0;
+	}
+	return n;
+}
+
+int rn_stage_stopped(const struct rn_stage *s)
+{
+	/* S2: acquire, pairs S1. */
+	return s->cell && atomic_load_explicit(&s->cell->stop, memory_order_acquire);
+}
+
+void rn_stage_begin(struct rn_stage *s)
+{
+	s->now = rn_now_ns();
+	s->want_buf = 0;
+	s->hold_input = 0;
+	memset(s->want_room, 0, sizeof(s->want_room));
+	for (uint32_t i = 0; i < RN_NROLES; i++)
+		s->out[i].want = 0;
+	s->turn_free[RN_SMALL] = s->pool.free[RN_SMALL];
+	s->turn_free[RN_LARGE] = s->pool.free[RN_LARGE];
+}
+
+void rn_stage_end(struct rn_stage *s)
+{
+	rn_stage_publish(s);
+	s->c[RN_C_turns]++;
+	if (s->want_buf)
+		s->c[RN_C_stalls_buf]++;
+	for (uint32_t i = 0; i < RN_NROLES; i++)
+		if (s->want_room[i]) {
+			s->c[RN_C_stalls_room]++;
+			break;
+		}
+	publish_counters(s);
+	if (s->cell)
+		atomic_store_explicit(&s->cell->heartbeat_ns, s->now, memory_order_relaxed);
+}
+
+/* Withdraw all requests for a wake-up. */
+static void disarm(struct rn_stage *s)
+{
+	for (uint32_t i = 0; i < s->nin; i++)
+		rn_ring_rx_disarm(&s->in[i]);
+	for (uint32_t i = 0; i < RN_NROLES; i++)
+		if (s->has_out[i] && s->want_room[i])
+			rn_ring_tx_disarm(&s->out[i]);
+	if (s->want_buf)
+		rn_pool_disarm(&s->pool);
+	if (s->cell)
+		atomic_store_explicit(&s->cell->asleep, 0, memory_order_relaxed);
+}
+
+int rn_stage_arm(struct rn_stage *s)
+{
+	int r = 0;
+
+	if (s->want_buf && (s->pool.free[RN_SMALL] > s->turn_free[RN_SMALL] ||
+			    s->pool.free[RN_LARGE] > s->turn_free[RN_LARGE]))
+		return 1;
+	if (s->want_buf)
+		r = rn_pool_arm(&s->pool);
+	for (uint32_t i = 0; !r && i < RN_NROLES; i++)
+		if (s->has_out[i] && s->want_room[i]) {
+			r = rn_ring_tx_arm(&s->out[i]);
+			if (r < 0)
+				r = bad_output(s, (int)i);
+		}
+	for (uint32_t i = 0; !r && !s->hold_input && i < s->nin; i++) {
+		r = rn_ring_rx_arm(&s->in[i]);
+		if (r < 0)
+			r = bad_input(s, i);
+	}
+	if (r) {
+		disarm(s);
+		return r < 0 ? r : 1;
+	}
+	s->c[RN_C_sleeps]++;
+	publish_counters(s);
+	if (s->cell)
+		atomic_store_explicit(&s->cell->asleep, 1, memory_order_relaxed);
+	return 0;
+}
+
+void rn_stage_disarm(struct rn_stage *s)
+{
+	disarm(s);
+	/* After the requests are withdrawn; whoever rang before that is served by the turn that follows. */
+	if (s->bells[s->row] >= 0)
+		rn_bell_quiet(s->bells[s->row]);
+}
+
+/* 1: inputs are empty and nothing waits for room or a buffer. */
+static int rings_empty(struct rn_stage *s)
+{
+	if (s->want_buf)
+		return 0;
+	for (uint32_t i = 0; i < RN_NROLES; i++)
+		if (s->want_room[i])
+			return 0;
+	for (uint32_t i = 0; i < s->nin; i++)
+		if (rn_stage_peek(s, i, 1))
+			return 0;
+	return 1;
+}
+
+/* Milliseconds until @deadline for epoll_wait, rounded up: a timer is late, never early. */
+static int timeout_ms(uint64_t deadline)
+{
+	uint64_t now, ms;
+
+	if (deadline == UINT64_MAX)
+		return -1;
+	now = rn_now_ns();
+	if (deadline <= now)
+		return 0;
+	ms = (deadline - now + 999999) / 1000000;
+	return ms > 3600000 ? 3600000 : (int)ms;
+}
+
+/* Hand events to the stage, all of them: an edge is told once. 1: control is readable. */
+static int dispatch(struct rn_stage *s, const struct epoll_event *ev, int n)
+{
+	int control = 0;
+
+	for (int i = 0; i < n; i++) {
+		uint32_t tag = (uint32_t)(ev[i].data.u64 >> 32);
+
+		if (tag == RN_TAG_BELL)
+			continue;
+		if (tag == RN_TAG_CONTROL)
+			control = 1;
+		else if (s->ops->event)
+			s->ops->event(s, tag, (uint32_t)ev[i].data.u64, ev[i].events);
+	}
+	return control;
+}
+
+/**
+ * rn_stage_run() - Move frames until Python is needed
+ * @s:		Stage with everything granted, after its kind's init
+ *
+ * May be called again after any return but RN_RUN_ERROR, and goes on.
+ *
+ * Return: enum rn_run. RN_RUN_SIGNAL is also returned every 100 ms of uninterrupted work.
+ */
+int rn_stage_run(struct rn_stage *s)
+{
+	struct epoll_event ev[EVENTS_MAX];
+	uint64_t since = rn_now_ns();
+	uint32_t busy = 0;
+
+	if (!s->ops || !s->ops->turn) {
+		rn_fail(s, -EINVAL, "stage was not initialised");
+		return RN_RUN_ERROR;
+	}
+	for (;;) {
+		int work, n, err, again = 1;
+
+		rn_stage_begin(s);
+		work = s->ops->turn(s);
+		rn_stage_end(s);
+		if (RN_UNLIKELY(work < 0 || s->broken)) {
+			if (!s->error[0])
+				rn_fail(s, work, "turn failed: %s", strerror(-work));
+			return RN_RUN_ERROR;
+		}
+		if (RN_UNLIKELY(rn_stage_stopped(s)))
+			return RN_RUN_STOPPED;
+		if (!work) {
+			if (s->draining && rings_empty(s) && (!s->ops->drained || s->ops->drained(s)))
+				return RN_RUN_DRAINED;
+			again = rn_stage_arm(s);
+			if (again < 0 || s->broken)
+				return RN_RUN_ERROR;
+		}
+		if (again) {
+			if (++busy < BUSY_TURNS)
+				continue;
+			busy = 0;
+			n = epoll_wait(s->epfd, ev, EVENTS_MAX, 0);
+			if (n > 0) {
+				if (s->bells[s->row] >= 0)
+					rn_bell_quiet(s->bells[s->row]); /* we are awake: the next turn looks */
+				if (dispatch(s, ev, n))
+					return RN_RUN_CONTROL;
+			}
+			if (s->now - since > SIGNAL_NS)
+				return RN_RUN_SIGNAL;
+			continue;
+		}
+		n = epoll_wait(s->epfd, ev, EVENTS_MAX, s->ops->deadline ? timeout_ms(s->ops->deadline(s)) : -1);
+		err = n < 0 ? errno : 0;
+		rn_stage_disarm(s);
+		if (RN_UNLIKELY(err == EINTR))
+			return RN_RUN_SIGNAL;
+		if (RN_UNLIKELY(err)) {
+			rn_fail(s, -err, "epoll_wait: %s", strerror(err));
+			return RN_RUN_ERROR;
+		}
+		busy = 0;
+		since = rn_now_ns();
+		if (dispatch(s, ev, n))
+			return RN_RUN_CONTROL;
+		if (RN_UNLIKELY(rn_stage_stopped(s)))
+			return RN_RUN_STOPPED;
+	}
+}

@@ -1,0 +1,138 @@
+/* rn_stage.h - what every stage loop shares: granted objects, the poll loop, counters, cancel.
+ *
+ * A C stage is an rn_stage_ops and one private struct. The loop calls turn() until it says there was
+ * nothing to do, arms every input (rings asleep, outputs and pool starved if the stage said it waits),
+ * looks once more, and blocks in epoll_wait on the doorbell, the control socket and the stage's own fds.
+ * It returns to Python only when control is readable, when a drain is complete, or on an error.
+ */
+#ifndef RN_STAGE_H
+#define RN_STAGE_H
+
+#include "rn_arena.h"
+#include "rn_layout.h"
+#include "rn_ring.h"
+#include "rn_session.h"
+
+/* CFFI BEGIN */
+enum rn_role { /* what a producer calls an output ring; inputs have none and are served in turn */
+	RN_ROLE_CLASSIFY = 0, /* frames to be parsed */
+	RN_ROLE_BRIDGE,	      /* TCP, UDP, ICMP towards host sockets */
+	RN_ROLE_SERVICE,      /* DHCP, DNS */
+	RN_ROLE_GUEST,	      /* frames to be written to the guest's link */
+	RN_ROLE_HOSTNET,      /* whole frames to the host bridge (NIC2) */
+	RN_NROLES
+};
+
+enum rn_run { /* why rn_stage_run() returned */
+	RN_RUN_CONTROL = 0, /* a control message (or EOF) waits */
+	RN_RUN_DRAINED,	    /* rn_stage_drain() was called and nothing is left to move */
+	RN_RUN_STOPPED,	    /* the cell's stop word was set */
+	RN_RUN_SIGNAL,	    /* EINTR: let Python run its handlers */
+	RN_RUN_ERROR	    /* rn_stage_error() says what */
+};
+
+struct rn_stage; /* opaque to Python */
+
+/* NULL if out of memory. @row: index in the stage table. */
+struct rn_stage *rn_stage_new(uint32_t row, uint32_t generation);
+void rn_stage_free(struct rn_stage *s);
+/* Text of the last error, "" if none. */
+const char *rn_stage_error(const struct rn_stage *s);
+
+/* Map a whole shared object (MAP_SHARED, read-write unless @ro). NULL with errno set. */
+void *rn_map(int fd, uint64_t size, int ro);
+void rn_unmap(void *mem, uint64_t size);
+
+/* Grants; each 0 or a negative errno with rn_stage_error() set. The memory must outlive the stage. */
+int rn_stage_set_session(struct rn_stage *s, void *mem, uint64_t size);
+int rn_stage_set_arena(struct rn_stage *s, void *mem, uint64_t size, int has_part);
+int rn_stage_set_bell(struct rn_stage *s, uint32_t row, int fd); /* the stage's own row: what it sleeps on */
+int rn_stage_add_input(struct rn_stage *s, void *mem, uint64_t size, uint32_t producer_row);
+int rn_stage_add_output(struct rn_stage *s, int role, void *mem, uint64_t size, uint32_t consumer_row);
+int rn_stage_set_control(struct rn_stage *s, int fd);
+
+void rn_stage_state(struct rn_stage *s, int state); /* publish enum rn_stage_state */
+void rn_stage_drain(struct rn_stage *s);	     /* from now on RN_RUN_DRAINED when idle */
+int rn_stage_run(struct rn_stage *s);		     /* enum rn_run; needs an init of a kind first */
+uint64_t rn_stage_counter(const struct rn_stage *s, uint32_t i);
+void rn_stage_fini(struct rn_stage *s); /* the kind's fini, counters published */
+/* CFFI END */
+
+#define RN_INPUTS_MAX 6
+
+/* epoll_event.data.u64 = tag << 32 | index */
+enum rn_tag { RN_TAG_BELL = 0, RN_TAG_CONTROL, RN_TAG_LINK, RN_TAG_FLOW, RN_TAG_OTHER };
+#define RN_EV(tag, index) ((uint64_t)(tag) << 32 | (uint32_t)(index))
+
+struct rn_stage_ops {
+	/* One bounded batch; never blocks. >0: did something, call again; 0: idle; <0: fatal, error is set. */
+	int (*turn)(struct rn_stage *s);
+	/* An fd of the stage's own is ready (RN_TAG_LINK and up): note it; the work is done in turn(). */
+	void (*event)(struct rn_stage *s, uint32_t tag, uint32_t index, uint32_t events);
+	/* CLOCK_MONOTONIC ns of the next timer, or UINT64_MAX. */
+	uint64_t (*deadline)(struct rn_stage *s);
+	/* draining and idle: 1 if nothing is left to wait for (NULL: always). */
+	int (*drained)(struct rn_stage *s);
+	void (*fini)(struct rn_stage *s);
+};
+
+struct rn_stage {
+	const struct rn_stage_ops *ops;
+	void *priv;
+	uint32_t row, generation;
+	struct rn_pool pool;
+	struct rn_ring_rx in[RN_INPUTS_MAX];
+	uint32_t in_row[RN_INPUTS_MAX]; /* producer's stage row */
+	uint32_t nin;
+	uint32_t next_in; /* round robin start */
+	struct rn_ring_tx out[RN_NROLES];
+	uint32_t out_row[RN_NROLES]; /* consumer's stage row */
+	uint8_t has_out[RN_NROLES];
+	uint8_t want_room[RN_NROLES]; /* turn() sets: I stopped for room in this output */
+	uint8_t want_buf;	      /* turn() sets: I stopped for a buffer of my own part */
+	uint8_t hold_input;	      /* turn() sets: I will not read inputs until room or buffers appear */
+	uint8_t draining;
+	uint8_t broken;		/* a neighbour's counter was impossible: the loop ends, error says which */
+	uint32_t turn_free[2];	/* free buffers by class when the turn began */
+	int bells[RN_STAGES_MAX];
+	int epfd, control;
+	struct rn_session *session;
+	struct rn_cell *cell;
+	uint64_t now; /* CLOCK_MONOTONIC ns, read once a turn */
+	uint64_t c[RN_NCOUNTERS];
+	uint64_t wakes_before; /* doorbells rung by earlier generations */
+	char error[256];
+};
+
+/* Set the error text; returns @err, so that `return rn_fail(s, -EPROTO, "...")` reads well. */
+int rn_fail(struct rn_stage *s, int err, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+int rn_stage_watch(struct rn_stage *s, int fd, uint32_t events, uint64_t data); /* epoll_ctl ADD */
+
+/* Publish every output ring that has unpublished slots. The loop does it after each turn. */
+void rn_stage_publish(struct rn_stage *s);
+
+/* Put a finished frame on an output: @eth points at the Ethernet header inside @b. The caller has seen
+ * rn_stage_room(). Counts nothing. */
+void rn_stage_emit(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, uint32_t len, uint16_t flags);
+
+/* Slots free on output @role, 0 if full (want_room is then set) or absent. Never negative: an impossible
+ * head makes the stage end with an error after the turn. */
+int rn_stage_room(struct rn_stage *s, int role, uint32_t want);
+
+/* rn_ring_peek() on input @i; an impossible tail sets the error and makes the loop end. Never below 0. */
+int rn_stage_peek(struct rn_stage *s, uint32_t i, uint32_t max);
+
+uint64_t rn_now_ns(void); /* CLOCK_MONOTONIC */
+
+/* The pieces of rn_stage_run(), for a stage whose loop is not in C:
+ *   begin; work; end; if idle and arm() == 0: block until an fd is readable or the deadline; disarm. */
+void rn_stage_begin(struct rn_stage *s); /* reads the clock, clears want_room, want_buf, hold_input */
+void rn_stage_end(struct rn_stage *s);	 /* publishes outputs, heartbeat and counters */
+/* 0: nothing to do, may block (rings are armed, the cell says asleep). 1: something came: another turn, nothing
+ * is armed. -EPROTO: a neighbour's counter is impossible, error is set. */
+int rn_stage_arm(struct rn_stage *s);
+void rn_stage_disarm(struct rn_stage *s); /* awake again, the doorbell is quiet */
+int rn_stage_stopped(const struct rn_stage *s); /* 1: the cell's stop word is set */
+
+#endif

@@ -1,0 +1,207 @@
+/* stage_guest_rx.c - frames for the guest: from the rings of all who write to it, onto the link.
+ *
+ * Fairness: each turn serves every input once, at most BURST frames, and begins with another one each time.
+ * A bulk download through egress does not keep an ARP or DNS reply waiting longer than one burst.
+ *
+ * Lossless: when the link says EAGAIN the frame stays at the head of its ring, no input is read, and the
+ * rings fill towards those who write: they stop reading their sockets. EPOLLOUT goes on. What the link
+ * refuses for good is dropped and counted: its interface is down or gone (drop_link_down), or it cannot
+ * take such a frame (drop_link_write).
+ *
+ * The virtio-net header was written by the producer; a link without such headers can carry neither partial
+ * checksums nor super-frames, so a frame that asks for them is an error of ours and drop_link_write.
+ *
+ * system calls: write, sendto (link), epoll_ctl, fstat, lseek, ftruncate (capture)
+ */
+#include "stage_guest_rx.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+#include "rn_parse.h"
+#include "rn_pcap.h"
+
+#define BURST 32u /* frames an input a turn */
+
+struct stage_guest_rx {
+	struct rn_link link;
+	struct rn_pcap *pcap; /* NULL: no capture */
+	int blocked;	      /* 1: the link said EAGAIN and no event came since */
+	struct rn_buf *spent[BURST];
+	uint32_t nspent;
+	uint64_t pcap_written, pcap_lost; /* as last taken over */
+};
+
+static void count_pcap(struct rn_stage *s, struct stage_guest_rx *g)
+{
+	uint64_t written = rn_pcap_written(g->pcap), lost = rn_pcap_lost(g->pcap);
+
+	s->c[RN_C_pcap_frames] += written - g->pcap_written;
+	s->c[RN_C_pcap_dropped] += lost - g->pcap_lost;
+	g->pcap_written = written;
+	g->pcap_lost = lost;
+}
+
+/* The link is full. EPOLL_CTL_MOD looks at the descriptor anew, so that room which came between the write
+ * and now gives an event too; the edge alone was perhaps told before. */
+static int wait_writable(struct rn_stage *s, struct stage_guest_rx *g)
+{
+	struct epoll_event ev = { .events = EPOLLOUT | EPOLLET, .data.u64 = RN_EV(RN_TAG_LINK, 0) };
+
+	g->blocked = 1;
+	s->c[RN_C_link_full]++;
+	if (epoll_ctl(s->epfd, EPOLL_CTL_MOD, g->link.fd, &ev))
+		return rn_fail(s, -errno, "cannot watch the guest's link: %s", strerror(errno));
+	return 0;
+}
+
+/* Can the link carry it as it is? */
+static int fits(const struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
+{
+	struct rn_vnet_hdr vnet;
+
+	memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
+	if (!g->link.vnet && rn_vnet_says(&vnet))
+		return 0;
+	return len >= RN_ETH_HLEN && (len <= g->link.frame_max || vnet.gso_type != RN_VNET_GSO_NONE);
+}
+
+/* One descriptor. 1: done with it; 0: the link is full, it stays in the ring. */
+static int write_one(struct rn_stage *s, struct stage_guest_rx *g, const struct rn_desc *d)
+{
+	struct rn_buf *b = rn_buf_of(&s->pool, d);
+	const uint8_t *eth;
+	int err;
+
+	if (RN_UNLIKELY(!b)) {
+		s->c[RN_C_frames_in]++;
+		s->c[RN_C_drop_bad_descriptor]++;
+		return 1;
+	}
+	eth = s->pool.base + d->off;
+	err = fits(g, eth, d->len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, d->len) : -EMSGSIZE;
+	if (err == -EAGAIN)
+		return 0;
+	s->c[RN_C_frames_in]++;
+	s->c[RN_C_bytes_in] += d->len;
+	switch (err) {
+	case 0:
+		s->c[RN_C_frames_out]++;
+		s->c[RN_C_bytes_out] += d->len;
+		if (g->pcap)
+			rn_pcap_frame(g->pcap, eth, d->len);
+		break;
+	case -EIO: /* tap: not up */
+	case -ENETDOWN:
+	case -EBADFD: /* tap: deleted */
+	case -ENODEV:
+	case -ENXIO:
+	case -EBADF:
+	case -ECONNREFUSED: /* socket: peer closed */
+	case -ECONNRESET:
+	case -ENOTCONN:
+	case -EPIPE:
+		s->c[RN_C_drop_link_down]++;
+		break;
+	default:
+		s->c[RN_C_drop_link_write]++;
+	}
+	g->spent[g->nspent++] = b;
+	return 1;
+}
+
+static int guest_rx_turn(struct rn_stage *s)
+{
+	struct stage_guest_rx *g = s->priv;
+	uint32_t start = s->nin ? s->next_in++ % s->nin : 0;
+	int did = 0, err = 0;
+
+	for (uint32_t j = 0; j < s->nin && !g->blocked; j++) {
+		uint32_t i = (start + j) % s->nin;
+		uint32_t n = (uint32_t)rn_stage_peek(s, i, BURST), k;
+
+		for (k = 0; k < n; k++) {
+			struct rn_desc d = rn_ring_at(&s->in[i], k);
+
+			if (!write_one(s, g, &d)) {
+				err = wait_writable(s, g);
+				break;
+			}
+		}
+		if (!k)
+			continue;
+		/* First off the ring, then free (DESIGN 6): killed in between, buffers are swept, not freed twice. */
+		rn_ring_consume(&s->in[i], k);
+		while (g->nspent)
+			rn_buf_free(&s->pool, g->spent[--g->nspent]);
+		did += (int)k;
+	}
+	/* Frames wait, but for the link: neighbours need not wake us. */
+	s->hold_input = (uint8_t)g->blocked;
+	if (g->pcap) {
+		rn_pcap_flush(g->pcap);
+		count_pcap(s, g);
+	}
+	return err ? err : did;
+}
+
+static void guest_rx_event(struct rn_stage *s, uint32_t tag, uint32_t index, uint32_t events)
+{
+	struct stage_guest_rx *g = s->priv;
+
+	(void)index;
+	(void)events; /* on an error as well: the write tells */
+	if (tag == RN_TAG_LINK)
+		g->blocked = 0;
+}
+
+static void guest_rx_fini(struct rn_stage *s)
+{
+	struct stage_guest_rx *g = s->priv;
+
+	if (g->pcap) {
+		rn_pcap_flush(g->pcap);
+		count_pcap(s, g);
+		rn_pcap_free(g->pcap);
+	}
+	free(g);
+	s->priv = NULL;
+}
+
+static const struct rn_stage_ops guest_rx_ops = {
+	.turn = guest_rx_turn,
+	.event = guest_rx_event,
+	.fini = guest_rx_fini,
+};
+
+int stage_guest_rx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd)
+{
+	struct stage_guest_rx *g;
+	int err;
+
+	if (link->frame_max < RN_ETH_HLEN || link->frame_max > RN_FRAME_MAX)
+		return rn_fail(s, -EINVAL, "guest_rx: largest frame of %u bytes is outside %u..%u", link->frame_max,
+			       RN_ETH_HLEN, RN_FRAME_MAX);
+	g = calloc(1, sizeof(*g));
+	if (!g)
+		return rn_fail(s, -ENOMEM, "guest_rx: out of memory");
+	g->link = *link;
+	if (pcap_fd >= 0) {
+		g->pcap = rn_pcap_new(pcap_fd, RN_PCAP_TO_GUEST, 0);
+		if (!g->pcap) {
+			free(g);
+			return rn_fail(s, -ENOMEM, "guest_rx: out of memory");
+		}
+	}
+	err = rn_stage_watch(s, link->fd, EPOLLOUT | EPOLLET, RN_EV(RN_TAG_LINK, 0));
+	if (err) {
+		rn_pcap_free(g->pcap);
+		free(g);
+		return err;
+	}
+	s->priv = g;
+	s->ops = &guest_rx_ops;
+	return 0;
+}

@@ -1,0 +1,12 @@
+/* stage_guest_rx.h - loop half of pipeline/guest_rx.py. */
+#ifndef RN_STAGE_GUEST_RX_H
+#define RN_STAGE_GUEST_RX_H
+
+#include "rn_link.h"
+#include "rn_stage.h"
+
+/* CFFI BEGIN */
+/* As stage_guest_tx_init(). */
+int stage_guest_rx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd);
+/* CFFI END */
+#endif

@@ -1,0 +1,226 @@
+/* stage_guest_tx.c - frames the guest sends: from the link into the arena, onto the ring to classify.
+ *
+ * The link's descriptor is watched edge-triggered and its readiness remembered: it is read until EAGAIN, at
+ * most BURST frames a turn, and while it is left unread for want of room it does not wake us.
+ *
+ * Backpressure: no slot towards classify, or no buffer: the link is not read. The kernel's queue behind it
+ * fills, and the guest's own stack slows down, or drops as on any slow wire; nothing is dropped here. A
+ * frame that is read has its slot and its buffer already.
+ *
+ * Buffers: how long the next frame is, is not known before it is read, so each read goes into a large
+ * buffer. A frame that fits a small one is copied there and the large one is used for the next read: there
+ * are 128 large buffers and thousands of small ones, an ACK must not hold 68 KiB until egress is done with
+ * it, and 2 KiB copied within the first-level cache cost about what one cache miss costs. With no small
+ * buffer left the large one goes itself, so that a frame once read always gets through.
+ *
+ * What is checked here is what needs no parsing: length, and the virtio-net header against the length.
+ *
+ * system calls: read, recv, getsockopt (link), write, fstat, lseek, ftruncate (capture)
+ */
+#include "stage_guest_tx.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+
+#include "rn_parse.h"
+#include "rn_pcap.h"
+
+#define BURST 32u /* frames a turn: bounds the time to a cancel */
+
+struct stage_guest_tx {
+	struct rn_link link;
+	struct rn_pcap *pcap; /* NULL: no capture */
+	struct rn_buf *spare; /* large, the next frame is read into it; NULL: to be allocated */
+	int readable;	      /* 1: the link has not said EAGAIN since its last event */
+	int gone;	      /* 1: end of file, or the device is no more */
+	uint64_t pcap_written, pcap_lost; /* as last taken over */
+};
+
+static void count_pcap(struct rn_stage *s, struct stage_guest_tx *t)
+{
+	uint64_t written = rn_pcap_written(t->pcap), lost = rn_pcap_lost(t->pcap);
+
+	s->c[RN_C_pcap_frames] += written - t->pcap_written;
+	s->c[RN_C_pcap_dropped] += lost - t->pcap_lost;
+	t->pcap_written = written;
+	t->pcap_lost = lost;
+}
+
+/* A read gave no frame. 0: no more to read now; 1: that frame was dropped, go on. */
+static int read_failed(struct rn_stage *s, struct stage_guest_tx *t, int64_t err)
+{
+	switch (err) {
+	case -EAGAIN:
+		t->readable = 0;
+		return 0;
+	case 0:
+		t->gone = 1;
+		return 0;
+	case -EMSGSIZE:
+		s->c[RN_C_drop_oversize]++;
+		break;
+	case -EBADMSG:
+		s->c[RN_C_drop_runt]++;
+		break;
+	case -EBADFD: /* the tap was deleted, */
+	case -EFAULT: /* or its queue taken away */
+	case -ENODEV:
+	case -ENXIO:
+	case -EBADF:
+	case -EINVAL:
+		s->c[RN_C_drop_link_read]++;
+		t->gone = 1;
+		return 0;
+	default:
+		/* Not known to pass by itself: wait for the next event instead of trying in a circle. */
+		s->c[RN_C_drop_link_read]++;
+		t->readable = 0;
+		return 0;
+	}
+	s->c[RN_C_frames_in]++; /* a frame, though none that fits */
+	return 1;
+}
+
+/* Is the frame at @eth one to hand on? Counts why not. */
+static int frame_ok(struct rn_stage *s, const struct stage_guest_tx *t, uint8_t *eth, uint32_t len, uint16_t *flags)
+{
+	struct rn_vnet_hdr vnet;
+
+	if (len < RN_ETH_HLEN) {
+		s->c[RN_C_drop_runt]++;
+		return 0;
+	}
+	memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
+	if (t->link.vnet && !rn_vnet_check(&vnet, len)) {
+		s->c[RN_C_drop_bad_vnet_header]++;
+		return 0;
+	}
+	if (len > t->link.frame_max && vnet.gso_type == RN_VNET_GSO_NONE) {
+		s->c[RN_C_drop_oversize]++;
+		return 0;
+	}
+	*flags = rn_vnet_says(&vnet) ? RN_DESC_VNET : 0;
+	return 1;
+}
+
+static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, uint32_t len, uint16_t flags)
+{
+	struct rn_buf *b = len <= RN_SMALL_FRAME_MAX ? rn_buf_alloc(&s->pool, RN_SMALL) : NULL;
+
+	if (b) {
+		uint8_t *small = (uint8_t *)b + RN_BUF_ETH_OFF;
+
+		memcpy(small - RN_VNET_HLEN, eth - RN_VNET_HLEN, RN_VNET_HLEN + len);
+		eth = small;
+	} else {
+		b = t->spare;
+		t->spare = NULL;
+	}
+	rn_stage_emit(s, RN_ROLE_CLASSIFY, b, eth, len, flags);
+	s->c[RN_C_frames_out]++;
+	s->c[RN_C_bytes_out] += len;
+}
+
+static int guest_tx_turn(struct rn_stage *s)
+{
+	struct stage_guest_tx *t = s->priv;
+	uint32_t n;
+
+	/* Draining: what the guest sends from now on stays in the link. */
+	if (s->draining)
+		return 0;
+	for (n = 0; n < BURST && t->readable && !t->gone; n++) {
+		uint16_t flags;
+		uint8_t *eth;
+		int64_t len;
+
+		if (!rn_stage_room(s, RN_ROLE_CLASSIFY, 1))
+			break;
+		if (!t->spare)
+			t->spare = rn_buf_alloc(&s->pool, RN_LARGE);
+		if (!t->spare) {
+			s->want_buf = 1;
+			break;
+		}
+		eth = (uint8_t *)t->spare + RN_BUF_ETH_OFF;
+		len = rn_link_read(&t->link, eth - RN_VNET_HLEN, RN_BUF_LARGE - RN_BUF_ETH_OFF + RN_VNET_HLEN);
+		if (len <= 0) {
+			if (!read_failed(s, t, len))
+				break;
+			continue;
+		}
+		s->c[RN_C_frames_in]++;
+		s->c[RN_C_bytes_in] += (uint64_t)len;
+		if (t->pcap) /* also what is dropped: one captures to see why */
+			rn_pcap_frame(t->pcap, eth, (uint32_t)len);
+		if (frame_ok(s, t, eth, (uint32_t)len, &flags))
+			hand_on(s, t, eth, (uint32_t)len, flags);
+	}
+	if (t->pcap) {
+		rn_pcap_flush(t->pcap);
+		count_pcap(s, t);
+	}
+	return (int)n;
+}
+
+static void guest_tx_event(struct rn_stage *s, uint32_t tag, uint32_t index, uint32_t events)
+{
+	struct stage_guest_tx *t = s->priv;
+
+	(void)index;
+	(void)events; /* whatever it is, reading tells */
+	if (tag == RN_TAG_LINK)
+		t->readable = 1;
+}
+
+static void guest_tx_fini(struct rn_stage *s)
+{
+	struct stage_guest_tx *t = s->priv;
+
+	if (t->pcap) {
+		rn_pcap_flush(t->pcap);
+		count_pcap(s, t);
+		rn_pcap_free(t->pcap);
+	}
+	rn_buf_free(&s->pool, t->spare);
+	free(t);
+	s->priv = NULL;
+}
+
+static const struct rn_stage_ops guest_tx_ops = {
+	.turn = guest_tx_turn,
+	.event = guest_tx_event,
+	.fini = guest_tx_fini,
+};
+
+int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd)
+{
+	struct stage_guest_tx *t;
+	int err;
+
+	if (link->frame_max < RN_ETH_HLEN || link->frame_max > RN_FRAME_MAX)
+		return rn_fail(s, -EINVAL, "guest_tx: largest frame of %u bytes is outside %u..%u", link->frame_max,
+			       RN_ETH_HLEN, RN_FRAME_MAX);
+	t = calloc(1, sizeof(*t));
+	if (!t)
+		return rn_fail(s, -ENOMEM, "guest_tx: out of memory");
+	t->link = *link;
+	t->readable = 1; /* until it says otherwise: frames may wait already */
+	if (pcap_fd >= 0) {
+		t->pcap = rn_pcap_new(pcap_fd, RN_PCAP_FROM_GUEST, 0);
+		if (!t->pcap) {
+			free(t);
+			return rn_fail(s, -ENOMEM, "guest_tx: out of memory");
+		}
+	}
+	err = rn_stage_watch(s, link->fd, EPOLLIN | EPOLLET, RN_EV(RN_TAG_LINK, 0));
+	if (err) {
+		rn_pcap_free(t->pcap);
+		free(t);
+		return err;
+	}
+	s->priv = t;
+	s->ops = &guest_tx_ops;
+	return 0;
+}

@@ -1,0 +1,19 @@
+"""`python -m pipeline` and `ringnet`: pick what to run. A stage must not import what only the command needs."""
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Returns the exit code (pipeline.messages.Exit, or StageExit for `stage`)."""
+    if sys.argv[1:2] == ["stage"]:
+        from pipeline.stage import main as stage
+
+        return int(stage(sys.argv[2:]))
+    from pipeline.cli import main as command
+
+    return command(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""User settings: one declaration for the command line, the TOML file, the checks and the manual.
+
+Each field of Settings is an option: its name with dashes is the long flag and the TOML key, Meta carries the
+text, the bounds and (in `extra`) the short flag and what the argument is called. stage_configs() turns
+checked settings into the stages' own configurations; the stages' Structs live in their own files.
+"""
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+MTU_MIN, MTU_MAX = 576, 65520  # RFC 791 3.2: every host takes 576; 65520: largest the peers of a tap use
+ETH_HLEN, VLAN_HLEN = 14, 4  # bytes
+FRAME_MAX = 65535 + ETH_HLEN  # super-frame: IPv4 total length limit (RFC 791 3.1)
+IFNAME_MAX = 15  # bytes (IFNAMSIZ - 1)
+DOMAIN = "ringnet.internal"
+POOL_MAX = 4096  # addresses leased at most, whatever the subnet's size
+
+Mtu = Annotated[int, Meta(ge=MTU_MIN, le=MTU_MAX)]  # bytes of L3
+Mac = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")]
+Ipv4 = Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$")]
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the text is one line and names the option or the key."""
+
+
+def _opt(description: str, flag: str = "", arg: str = "", **bounds: Any) -> Meta:
+    return Meta(description=description, extra={"flag": flag, "arg": arg}, **bounds)
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """What a user may say about a session."""
+
+    mtu: Annotated[int, _opt("MTU of the guest's interface, also told by DHCP (option 26)", "m", "BYTES",
+                             ge=MTU_MIN, le=MTU_MAX)] = 4000
+    address: Annotated[str, _opt("guest's IPv4 address: the first lease", "a", "ADDR")] = "10.0.2.2"
+    netmask: Annotated[str, _opt("its netmask, dotted or as a prefix length 8..30", "n", "MASK")] = "255.255.255.0"
+    gateway: Annotated[str, _opt("gateway address; the host's loopback is behind it", "g", "ADDR")] = "10.0.2.1"
+    mac: Annotated[str, _opt("gateway's MAC address", "", "MAC")] = "02:ab:cd:00:00:01"
+    dns: Annotated[tuple[str, ...], _opt("upstream DNS server instead of the host's resolv.conf; may be repeated",
+                                         "D", "ADDR", max_length=8)] = ()
+    search: Annotated[tuple[str, ...], _opt("DNS search domain given to the guest; may be repeated", "S", "DOMAIN",
+                                            max_length=6)] = ()
+    hosts: Annotated[dict[str, str | tuple[str, ...]], _opt(
+        "name answered locally; may be repeated (IP: v4 or v6; several with commas)", "", "NAME=IP")] = {}
+    no_host_loopback: Annotated[bool, _opt("the gateway address does not reach the host's loopback")] = False
+    pcap: Annotated[str, _opt("write the guest link's frames to this pcapng file", "p", "FILE")] = ""
+    pid: Annotated[str, _opt("write the supervisor's process id to this file once it runs", "P", "FILE")] = ""
+    ifname: Annotated[str, _opt("name of the guest's interface", "I", "NAME")] = "tap0"
+    resolv_conf: Annotated[str, _opt("file the upstream DNS servers are read from", "", "FILE")] = "/etc/resolv.conf"
+    lease_file: Annotated[str, _opt("keep DHCP leases in this file across sessions", "", "FILE")] = ""
+    udp_max: Annotated[int, _opt("UDP mappings kept; then the least recently used goes", "", "N",
+                                 ge=1, le=15000)] = 1024
+    pending_max: Annotated[int, _opt("TCP connects under way; more are refused", "", "N", ge=1, le=15000)] = 1024
+    peek: Annotated[str, _opt("how unacknowledged data is read again: auto, offset (SO_PEEK_OFF, Linux 6.9) or discard",
+                              "", "HOW", pattern="^(auto|offset|discard)$")] = "auto"
+    seed: Annotated[int, _opt("for tests: repeatable sequence numbers; 0 is random", "", "N", ge=0)] = 0
+    stats: Annotated[bool, _opt("print each stage's counters at the end")] = False
+    quiet: Annotated[bool, _opt("print errors only", "q")] = False
+    debug: Annotated[bool, _opt("print what happens, and --stats", "d")] = False
+
+    @property
+    def network(self) -> ipaddress.IPv4Network:
+        return ipaddress.IPv4Network(f"{self.gateway}/{self.netmask}", strict=False)
+
+    def hosts_table(self) -> dict[str, list[str]]:
+        return {n: v.split(",") if isinstance(v, str) else list(v) for n, v in self.hosts.items()}
+
+
+class Option(Struct, frozen=True):
+    """One field of Settings as the command line and the manual see it."""
+
+    name: str  # attribute
+    key: str  # TOML key; the long flag is "--" + key
+    flag: str  # short letter or ""
+    arg: str  # what the argument is called; "": a switch
+    many: bool
+    help: str
+    default: Any
+
+
+def options() -> tuple[Option, ...]:
+    """The declaration as data, in order."""
+    hints = get_type_hints(Settings, include_extras=True)
+    found = []
+    for f in msgspec.structs.fields(Settings):
+        kind, *metas = get_args(hints[f.name])
+        meta = next(m for m in metas if isinstance(m, Meta))
+        extra = meta.extra or {}
+        default = f.default if f.default is not msgspec.NODEFAULT else f.default_factory()
+        found.append(Option(f.name, f.encode_name, extra["flag"], extra["arg"], get_origin(kind) in (tuple, dict),
+                            meta.description or "", default))
+    return tuple(found)
+
+
+def options_markdown() -> str:
+    """The option table of the manual."""
+    rows = ["| flag | TOML key | default | what |", "|---|---|---|---|"]
+    for o in options():
+        flags = ", ".join(([f"`-{o.flag}`"] if o.flag else []) + [f"`--{o.key}`"])
+        default = "" if o.default in ("", (), {}, False) else f"`{o.default}`"
+        rows.append(f"| {flags}{' ' + o.arg if o.arg else ''} | `{o.key}` | {default} | {o.help} |")
+    return "\n".join(rows) + "\n"
+
+
+def _plain(error: msgspec.ValidationError) -> tuple[str, str]:
+    """(key, text) of a validation error: msgspec ends with "- at `$.key...`"."""
+    text, _, path = str(error).partition(" - at `$")
+    if unknown := re.search(r"unknown field `([^`]*)`", text):
+        return unknown[1], "unknown option"
+    key = re.match(r"\.?\[?\W*([\w-]+)", path)
+    text = text.replace("`int`", "a whole number").replace("`str`", "text").replace("`bool`", "true or false")
+    text = text.replace("`array`", "a list").replace("`object`", "a table").replace(" matching regex", " of the form")
+    return key[1] if key else "", text[:1].lower() + text[1:]
+
+
+def load_toml(path: str) -> dict[str, Any]:
+    """Settings from a file, as far as it goes: keys and types are checked, with the line.
+
+    Raises ConfigError.
+    """
+    import tomllib  # here: stages import this file, and have no use for it
+
+    try:
+        with open(path, "rb") as f:
+            text = f.read().decode()
+    except OSError as e:
+        raise ConfigError(f"--config {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"--config {path}: not UTF-8 at byte {e.start}") from e
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"--config {path}: {e}") from e
+    try:
+        msgspec.convert(data, Settings)
+    except msgspec.ValidationError as e:
+        key, why = _plain(e)
+        line = next((n for n, s in enumerate(text.splitlines(), 1)
+                     if key and re.match(rf"\s*\[?\s*[\"']?{re.escape(key)}[\"']?\s*[.=\]]", s)), 0)
+        raise ConfigError(f"--config {path}: {key}: {why}" + (f" (at line {line})" if line else "")) from e
+    return data
+
+
+def make(given: dict[str, Any], *, strict: bool = False) -> Settings:
+    """Settings from keys (TOML names) to values, all checks done. Raises ConfigError naming the option."""
+    try:
+        settings = msgspec.convert(given, Settings, strict=strict)
+    except msgspec.ValidationError as e:
+        key, why = _plain(e)
+        value = given.get(key)
+        raise ConfigError(f"--{key} {value if isinstance(value, (str, int)) else ''}".rstrip() + f": {why}") from e
+    return check(settings)
+
+
+def _ipv4(option: str, text: str) -> ipaddress.IPv4Address:
+    try:
+        return ipaddress.IPv4Address(text)
+    except ValueError:
+        raise ConfigError(f"--{option} {text}: not an IPv4 address (expected like 10.0.2.2)") from None
+
+
+def _ip(option: str, text: str) -> None:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        raise ConfigError(f"--{option} {text}: not an IP address") from None
+
+
+_LABEL = re.compile(r"^(?!-)[A-Za-z0-9_-]{1,63}(?<!-)$")
+
+
+def _domain(option: str, text: str) -> None:
+    name = text.rstrip(".")
+    if not name or len(name) > 253 or not all(_LABEL.match(part) for part in name.split(".")):
+        raise ConfigError(f"--{option} {text}: not a domain name (labels of 1..63 letters, digits and dashes)")
+
+
+def check_ifname(option: str, name: str) -> None:
+    """Raises ConfigError: what the kernel (dev_valid_name) would refuse without saying why."""
+    if not 1 <= len(name.encode()) <= IFNAME_MAX:
+        raise ConfigError(f"--{option} {name}: {len(name.encode())} bytes long; an interface name has 1 to {IFNAME_MAX}")
+    if name in (".", "..") or re.search(r"[/:\s%]", name):
+        raise ConfigError(f"--{option} {name}: an interface name has no '/', ':', '%' or space")
+
+
+def check(s: Settings) -> Settings:
+    """The checks that need more than one field or a parser; returns the settings. Raises ConfigError."""
+    address, gateway = _ipv4("address", s.address), _ipv4("gateway", s.gateway)
+    try:
+        network = s.network
+    except ValueError:
+        raise ConfigError(f"--netmask {s.netmask}: neither a netmask like 255.255.255.0 nor a prefix length") from None
+    if not 8 <= network.prefixlen <= 30:
+        raise ConfigError(f"--netmask {s.netmask}: prefix length {network.prefixlen} is out of range 8..30")
+    for option, a in (("gateway", gateway), ("address", address)):
+        if a.is_multicast or a.is_loopback or a.is_unspecified or int(a) >> 28 == 15:
+            raise ConfigError(f"--{option} {a}: not an address for a host (loopback, multicast or reserved)")
+        if a in (network.network_address, network.broadcast_address) and a in network:
+            raise ConfigError(f"--{option} {a}: is the network or broadcast address of {network}")
+    if address not in network:
+        raise ConfigError(f"--gateway {gateway}: outside the guest's subnet"
+                          f" {ipaddress.IPv4Network(f'{address}/{network.prefixlen}', strict=False)};"
+                          " give --gateway, --address and --netmask of one subnet")
+    if address == gateway:
+        raise ConfigError(f"--address {address}: is also the gateway's; give another")
+    if not re.match(get_mac_pattern(), s.mac):
+        raise ConfigError(f"--mac {s.mac}: not a MAC address (expected like 02:ab:cd:00:00:01)")
+    if int(s.mac[:2], 16) & 1 or not int(s.mac.replace(":", ""), 16):
+        raise ConfigError(f"--mac {s.mac}: a multicast or zero address cannot be the gateway's")
+    for d in s.dns:
+        _ip("dns", d)
+    for d in s.search:
+        _domain("search", d)
+    for name, addresses in s.hosts_table().items():
+        _domain("hosts", name)
+        if not addresses:
+            raise ConfigError(f"--hosts {name}: no address")
+        for a in addresses:
+            _ip(f"hosts {name}={a}:", a)
+    check_ifname("ifname", s.ifname)
+    return s
+
+
+def get_mac_pattern() -> str:
+    return next(m.pattern for m in get_args(Mac) if isinstance(m, Meta) and m.pattern)
+
+
+def pool(s: Settings) -> tuple[str, str]:
+    """First and last address leased: all of the subnet behind the gateway, or before it if it comes last."""
+    net, gw = s.network, ipaddress.IPv4Address(s.gateway)
+    first, last = net.network_address + 1, net.broadcast_address - 1
+    if gw == first:
+        first += 1
+    elif gw == last:
+        last -= 1
+    guest = ipaddress.IPv4Address(s.address)
+    if int(last) - int(first) >= POOL_MAX:  # a window that holds the guest's address
+        first = max(first, min(guest, last - (POOL_MAX - 1)))
+        last = first + (POOL_MAX - 1)
+    return str(first), str(last)
+
+
+def frame_max(mtu: int, *, vnet: bool) -> int:
+    """Largest Ethernet frame on the link, bytes: a super-frame where the link segments, else by the MTU."""
+    return FRAME_MAX if vnet else mtu + ETH_HLEN + VLAN_HLEN
+
+
+def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = "") -> dict[str, dict[str, Any]]:
+    """The stages' configurations by stage name, ready to be encoded. dns_path: abstract Unix address (without the
+    leading NUL) of services' DNS over TCP."""
+    net = s.network
+    first, last = pool(s)
+    link = {"link_kind": link_kind, "vnet": vnet, "mtu": s.mtu, "frame_max": frame_max(s.mtu, vnet=vnet),
+            "pcap": bool(s.pcap)}
+    seat = {"gateway4": s.gateway, "gateway_mac": s.mac, "mtu": s.mtu}
+    made: dict[str, dict[str, Any]] = {
+        "guest_tx": link,
+        "guest_rx": link,
+        "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
+        "egress": {**seat, "offload": vnet, "host_loopback": not s.no_host_loopback, "peek": s.peek,
+                   "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path, "seed": s.seed},
+        "services": {**seat, "prefix": net.prefixlen, "guest4": s.address, "pool_start": first, "pool_end": last,
+                     "dns": list(s.dns), "resolv_conf": s.resolv_conf, "search": list(s.search) or [DOMAIN],
+                     "domain": DOMAIN, "hosts": s.hosts_table(),
+                     "lease_file": os.path.abspath(s.lease_file) if s.lease_file else "", "lease_s": 86400},
+    }
+    return {name: {"type": name, **c} for name, c in made.items()}

@@ -1,0 +1,37 @@
+"""guest_tx: read the frames the guest sends.
+
+In:      the guest's link (fds: link), Ethernet frames of at most `frame_max` B, each behind a 12 B virtio-net
+         header if `vnet`; with `pcap` a copy of each goes to the capture file (fds: pcap, O_APPEND).
+Out:     the same frames to classify. A full ring, or no free buffer, stops the reading: nothing is dropped here
+         but what is no frame, by reason (csrc/rn_metrics.def).
+Source:  virtio-net header: virtio 1.2 5.1.6. The loop is csrc/stage_guest_tx.c.
+"""
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from pipeline.config import Mtu
+from pipeline.stage import Ended, StageContext, StageError
+from shm._dataplane import ffi, lib
+
+KINDS = {"tap": lib.RN_LINK_TAP, "dgram": lib.RN_LINK_DGRAM}
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="guest_tx"):
+    link_kind: Literal["tap", "dgram"]
+    vnet: bool  # the link has virtio-net headers
+    mtu: Mtu  # bytes of L3
+    frame_max: int  # bytes of Ethernet frame, header included, either way
+    pcap: bool  # fds has the capture file
+
+
+def run(cfg: Config, ctx: StageContext) -> Ended:
+    """Move frames until told to stop. Raises StageError if the link cannot be watched, or a neighbour's ring
+    index is impossible; never for a bad frame."""
+    link = ffi.new("struct rn_link *", {"fd": ctx.fds["link"], "kind": KINDS[cfg.link_kind], "vnet": int(cfg.vnet),
+                                        "frame_max": cfg.frame_max})
+    if lib.stage_guest_tx_init(ctx.stage, link, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
+        raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+    return ctx.run_loop()

@@ -1,0 +1,208 @@
+"""Control messages between supervisor and stage, the states they move through, and every exit code.
+
+One message a packet over an AF_UNIX SOCK_SEQPACKET pair per stage: msgpack of a tagged union, descriptors
+beside it by SCM_RIGHTS in the order the message names them (unix(7), cmsg(3)).
+
+    supervisor                                     stage                       state seen by the supervisor
+        |  fork, exec                                |                         spawned
+        |<------------------------- Hello(version) --|                         greeted
+        |-- Configure(grants, stage config) + fds -->|  map, acquire(),        configured
+        |                                            |  drop rights
+        |<----------------------------------- Ready --|                         ready
+        |      (all stages are ready)                |
+        |-- Start --------------------------------->|  run()                  starting   sinks first
+        |<--------------------------------- Running --|                         running
+        |-- Ping ---> <--- Pong (any time after Ready)|
+        |-- Cancel(deadline) ----------------------->|  drain, end             cancelled  sources first
+        |<------------------- Ended(reason, counters) --|                       ended, then exit 0
+        |<---------------------------- Failed(error) --|                        failed, then exit 1
+
+Forbidden: Start before every stage is ready; Start to a stage while one it hands frames to is not running;
+Cancel to a stage while a stage that feeds it still runs (unless the session already failed: then all at
+once). From every state a stage may die; the supervisor sees the process end (pidfd), a stage sees its
+supervisor end (EOF on control, and PR_SET_PDEATHSIG). tests/model/test_lifecycle_model.py walks it all.
+"""
+from __future__ import annotations
+
+import array
+import enum
+import os
+import select
+import socket
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+VERSION = 1  # of this file; supervisor and stage are one build, so they must be equal
+PACKET_MAX = 65536  # bytes of one message
+FDS_MAX = 64  # descriptors with one message; the kernel takes 253 (SCM_MAX_FD)
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of `ringnet`. `ringnet run` otherwise ends with CMD's own (128 + n if signal n ended it)."""
+
+    OK = 0
+    RUNTIME = 1  # the run could not be set up: one line says why
+    USAGE = 2  # wrong flags or configuration
+    STAGE_DIED = 70  # a running stage ended or was killed: stage, signal and last counters are named
+    STAGE_FAILED = 71  # a running stage reported an error
+    NOT_READY = 72  # a stage never became ready; its reason is printed
+
+
+class StageExit(enum.IntEnum):
+    """Exit codes of one stage process, for whoever starts it by hand."""
+
+    OK = 0
+    FAILED = 1  # it sent Failed first
+    USAGE = 2
+    ORPHANED = 3  # control socket closed: the supervisor is gone
+    PROTOCOL = 4  # a control message it could not read
+
+
+class End(Struct, frozen=True, kw_only=True):
+    """One end of a ring as a stage is told of it."""
+
+    ring: str  # name, for errors
+    size: Annotated[int, Meta(gt=0)]  # bytes of the shared object
+    row: Annotated[int, Meta(ge=0, lt=8)]  # the other end's stage row
+    role: Annotated[int, Meta(ge=0)] = 0  # outputs only: enum rn_role
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=str.lower):
+    """Base of the union."""
+
+
+class Hello(Message):
+    version: int
+    stage: str
+    pid: int
+
+
+class Configure(Message):
+    """What a stage is granted. Descriptors, in this order, are named by `fds`: session, arena, flows,
+    in:<ring>, out:<ring>, bell:<row>, then the extras topology allows (link, pcap, raw_icmp, dns_listen)."""
+
+    version: int
+    stage: str
+    row: Annotated[int, Meta(ge=0, lt=8)]
+    generation: Annotated[int, Meta(ge=0)]  # 0: the first; a successor of a dead stage counts up
+    session_size: int
+    arena_size: int
+    has_part: bool  # owns frame buffers
+    flows_size: int  # 0: not granted
+    inputs: tuple[End, ...]
+    outputs: tuple[End, ...]
+    fds: tuple[str, ...]
+    config: msgspec.Raw  # the stage's own Config, decoded by the stage
+
+
+class Ready(Message):
+    pass
+
+
+class Start(Message):
+    pass
+
+
+class Running(Message):
+    pass
+
+
+class Cancel(Message):
+    drain_ms: Annotated[int, Meta(ge=0)]  # after that the supervisor sends SIGTERM
+
+
+class Ended(Message):
+    reason: str
+    counters: dict[str, int] = {}  # last values, by name
+
+
+class Failed(Message):
+    error: str
+
+
+class Ping(Message):
+    seq: int
+
+
+class Pong(Message):
+    seq: int
+
+
+FromStage = Hello | Ready | Running | Ended | Failed | Pong
+ToStage = Configure | Start | Cancel | Ping
+Any = FromStage | ToStage
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Any)
+
+
+class MessageError(Exception):
+    """A packet that is no message; the text names the message and the field."""
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(packet: bytes) -> Any:
+    """Raises MessageError, with the path of the field that is wrong."""
+    try:
+        return _decoder.decode(packet)
+    except msgspec.MsgspecError as e:
+        raise MessageError(f"control message ({len(packet)} bytes): {e}") from e
+
+
+class Channel:
+    """One end of a control socket. Owns the socket; descriptors received belong to the caller."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.setblocking(False)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def send(self, message: Message, fds: list[int] | tuple[int, ...] = ()) -> None:
+        """Raises OSError: BrokenPipeError if the peer is gone, BlockingIOError if it does not read."""
+        anc = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.sock.sendmsg([_encoder.encode(message)], anc, socket.MSG_NOSIGNAL)
+
+    def recv(self) -> tuple[Any, list[int]] | None:
+        """The next message and its descriptors (close-on-exec); None at EOF.
+
+        Raises BlockingIOError if none waits, MessageError if it cannot be read (descriptors are closed).
+        """
+        try:
+            data, anc, flags, _ = self.sock.recvmsg(
+                PACKET_MAX, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+        except ConnectionResetError:  # the peer ended with unread messages of ours
+            return None
+        fds = array.array("i")
+        for level, kind, body in anc:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+        if not data and not fds:
+            return None
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise MessageError(f"control message cut: {len(data)} bytes, {len(fds)} descriptors kept")
+            message = decode(data)
+            want = len(message.fds) if isinstance(message, Configure) else 0
+            if len(fds) != want:
+                raise MessageError(f"{type(message).__name__}: field fds names {want} descriptors, {len(fds)} came")
+        except MessageError:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return message, list(fds)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """True once a message (or EOF) can be received."""
+        p = select.poll()
+        p.register(self.sock, select.POLLIN)
+        return bool(p.poll(None if seconds is None else max(0, int(seconds * 1000))))

@@ -1,0 +1,92 @@
+"""A read-only look at a session: what each stage did, by counters, ring fill and CPU.
+
+Reads shared memory and /proc; disturbs nothing. Works while a session runs and on the result of one that ended.
+"""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from msgspec import Struct
+
+from pipeline.supervisor import Session
+
+
+class StageFacts(Struct, frozen=True, kw_only=True):
+    """One stage, as of now (or as of its end)."""
+
+    name: str
+    pid: int
+    state: str  # as the stage published it
+    frames_in: int
+    bytes_in: int  # Ethernet headers included
+    frames_out: int
+    bytes_out: int
+    cpu_s: float  # user + system
+    drops: dict[str, int]  # reason without "drop_": frames; zeros left out
+    counters: dict[str, int]  # all of the stage's; zeros left out
+
+
+def cpu_seconds(pid: int) -> float:
+    """User + system time of a process; 0.0 if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def stage_facts(session: Session) -> list[StageFacts]:
+    """One entry a stage, in data order."""
+    found = []
+    for child in session.children:
+        name = child.decl.name
+        all_counters = session.counters(name)
+        state = "absent"
+        if session.memory is not None:
+            state = session.memory.session.cell(child.row).state.name.lower()
+        elif session.result is not None:
+            state = "ended"
+        counters = {n: v for n, v in all_counters.items() if v}
+        found.append(StageFacts(
+            name=name, pid=child.pid, state=state,
+            frames_in=all_counters.get("frames_in", 0), bytes_in=all_counters.get("bytes_in", 0),
+            frames_out=all_counters.get("frames_out", 0), bytes_out=all_counters.get("bytes_out", 0),
+            cpu_s=cpu_seconds(child.pid) if child.alive else child.cpu_s,
+            drops={n.removeprefix("drop_"): v for n, v in counters.items() if n.startswith("drop_")},
+            counters=counters,
+        ))
+    return found
+
+
+def size(n: int) -> str:
+    """1234567 -> 1.18 MiB."""
+    if n < 1024:
+        return f"{n} B"
+    value = float(n)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 1024 or unit == "TiB":
+            break
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def table(head: list[str], rows: list[list[str]], left: frozenset[int] = frozenset({0})) -> str:
+    """Columns lined up: those in `left` to the left, numbers to the right."""
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, ["-" * w for w in widths], *rows]:
+        cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def stage_table(session: Session) -> str:
+    """Frames, bytes, drops by reason and CPU of each stage, as text."""
+    rows = []
+    for f in stage_facts(session):
+        drops = ", ".join(f"{reason} {n}" for reason, n in sorted(f.drops.items(), key=lambda d: -d[1])) or "none"
+        rows.append([f.name, str(f.pid), str(f.frames_in), size(f.bytes_in), str(f.frames_out), size(f.bytes_out),
+                     f"{f.cpu_s:.2f} s", drops])
+    return table(["stage", "pid", "frames in", "bytes in", "frames out", "bytes out", "CPU", "drops by reason"], rows,
+                 frozenset({0, 7}))

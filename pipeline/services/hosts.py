@@ -1,0 +1,193 @@
+"""Hosts table: names the session answers for by itself, changeable while it runs.
+
+Owned are the domain (ringnet.internal) and the guest subnet's reverse names: what is not in the table there does
+not exist (NXDOMAIN), and is never asked of anybody else (ArcBox fault 36 leaked it). A user's name outside the
+domain (`--hosts db.example=10.1.1.1`) is owned alone; its neighbours are forwarded as ever. A name of one label is
+known under the domain as well.
+
+A name that exists answers any type: with the addresses of that family for A and AAAA (ArcBox fault 35 gave an A
+record for AAAA), with no data for the rest. Time to live is short, since the table may change at any time.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
+
+from msgspec import Struct
+
+from pipeline.services import dns_message as dm
+from pipeline.services.dns_message import IN, Rtype
+
+Address = IPv4Address | IPv6Address
+
+TTL = 60  # seconds, of records from the table
+NEGATIVE_TTL = 10  # seconds, of "no such name": one just added should be seen soon
+NAMES_MAX = 65536
+ADDRESSES_MAX = 32  # of one name: the answer stays far below 64 KiB
+PRESETS = ("gateway", "host")  # under the domain; the first is the gateway's reverse name
+
+
+class Answer(Struct, frozen=True):
+    """What to say about a name we own."""
+
+    rcode: int
+    records: list[bytes]
+    authority: list[bytes]
+
+
+class HostsTable:
+    """Name to addresses and back. Names compare without case (RFC 4343)."""
+
+    def __init__(self, *, domain: str, gateway: IPv4Address, network: IPv4Network) -> None:
+        if not domain.strip("."):
+            raise ValueError("the owned domain must not be empty: the table would own every name")
+        self.domain = domain
+        self._apex = dm.encode_name(domain).lower()
+        self._gateway = gateway
+        self._network = network
+        self._names: dict[bytes, tuple[Address, ...]] = {}
+        self._owner: dict[Address, list[bytes]] = {}  # names of an address, first set first
+        self._inner: dict[bytes, int] = {}  # how many names lie below this one (RFC 8020: it exists, without data)
+        for name in PRESETS:
+            self._put(dm.encode_name(f"{name}.{domain}").lower(), (gateway,))
+        self._preset = frozenset(self._names)
+
+    # --- changing it ---
+
+    def set(self, name: str, addresses: Iterable[Address]) -> None:
+        """Give a name these addresses, instead of any it had. Raises DnsFormatError for an impossible name, ValueError
+        for one of ours, for no address or too many, and if the table is full."""
+        values = tuple(dict.fromkeys(addresses))
+        if not 0 < len(values) <= ADDRESSES_MAX:
+            raise ValueError(f"{name}: {len(values)} addresses; a name has 1 to {ADDRESSES_MAX}")
+        wires = self._wires(name)
+        if len(self._names) + len(wires) > NAMES_MAX:
+            raise ValueError(f"the hosts table is full ({NAMES_MAX} names)")
+        for wire in wires:
+            self._drop(wire)
+            self._put(wire, values)
+
+    def remove(self, name: str) -> bool:
+        """Forget a name; false if it was not there. Raises as set()."""
+        return any([self._drop(wire) for wire in self._wires(name)])
+
+    def replace(self, hosts: Mapping[str, Iterable[Address]]) -> None:
+        """The whole table but the presets. Raises as set(); then the old table stays."""
+        new = HostsTable(domain=self.domain, gateway=self._gateway, network=self._network)
+        for name, addresses in hosts.items():
+            new.set(name, addresses)
+        self._names, self._owner, self._inner = new._names, new._owner, new._inner
+
+    def names(self) -> dict[str, tuple[Address, ...]]:
+        """All of it, as text."""
+        return {b".".join(dm.labels_of(n)).decode("latin-1"): a for n, a in self._names.items()}
+
+    def _wires(self, name: str) -> list[bytes]:
+        wire = dm.encode_name(name).lower()
+        if wire == b"\0":
+            raise dm.DnsFormatError("the root has no address")
+        wires = [wire]
+        if len(dm.labels_of(wire)) == 1:
+            wires.append(dm.encode_name(f"{name.removesuffix('.')}.{self.domain}").lower())
+        for w in wires:
+            if w in self._preset or w == self._apex:
+                raise ValueError(f"{name} is a name of ringnet's own")
+        return wires
+
+    def _put(self, wire: bytes, addresses: tuple[Address, ...]) -> None:
+        self._names[wire] = addresses
+        for address in addresses:
+            self._owner.setdefault(address, []).append(wire)
+        for parent in list(dm.parents_of(wire))[1:]:
+            self._inner[parent] = self._inner.get(parent, 0) + 1
+
+    def _drop(self, wire: bytes) -> bool:
+        addresses = self._names.pop(wire, None)
+        if addresses is None:
+            return False
+        for address in addresses:
+            self._owner[address].remove(wire)
+            if not self._owner[address]:
+                del self._owner[address]
+        for parent in list(dm.parents_of(wire))[1:]:
+            self._inner[parent] -= 1
+            if not self._inner[parent]:
+                del self._inner[parent]
+        return True
+
+    # --- asking it ---
+
+    def lookup(self, question: dm.Question) -> Answer | None:
+        """Answer if the name is ours, else None: ask upstream."""
+        name = question.folded
+        if (addresses := self._names.get(name)) is not None:
+            return self._found(question, [
+                (Rtype.A if isinstance(a, IPv4Address) else Rtype.AAAA, a.packed) for a in addresses])
+        if (zone := self._zone(name)) is not None:
+            if name in self._inner or name == zone:
+                return self._nothing(zone, exists=True)
+            return self._nothing(zone, exists=False)
+        return self._reverse(question, name)
+
+    def _zone(self, name: bytes) -> bytes | None:
+        """The owned domain if the name lies in it."""
+        if name.endswith(self._apex):
+            for parent in dm.parents_of(name):  # labels, not bytes: "xringnet" is not "ringnet"
+                if parent == self._apex:
+                    return self._apex
+        return None
+
+    def _reverse(self, question: dm.Question, name: bytes) -> Answer | None:
+        labels = dm.labels_of(name)
+        if labels[-2:] == [b"in-addr", b"arpa"]:
+            octets = labels[:-2][::-1]
+            address = _address4(octets)
+            if address is not None and (names := self._owner.get(address)):
+                return self._found(question, [(Rtype.PTR, names[0])])
+            if not self._inside(octets[:4]):
+                return None
+            # Names between the subnet and its addresses exist, without data; below an address there is nothing.
+            zone = b"".join(bytes([len(x)]) + x for x in labels[-2 - min(3, len(octets)):]) + b"\0"
+            return self._nothing(zone, exists=len(octets) < 4)
+        if labels[-2:] == [b"ip6", b"arpa"] and len(labels) == 34:
+            nibbles = b"".join(labels[:-2][::-1])
+            if len(nibbles) != 32 or not all(c in b"0123456789abcdef" for c in nibbles):
+                return None
+            if names := self._owner.get(IPv6Address(int(nibbles, 16))):
+                return self._found(question, [(Rtype.PTR, names[0])])
+        return None
+
+    def _inside(self, octets: list[bytes]) -> bool:
+        """Does every address that begins with these octets lie in the guest subnet?"""
+        if not octets or not all(_is_octet(o) for o in octets):
+            return False
+        values = bytes(int(o) for o in octets) + bytes(4 - len(octets))
+        return IPv4Network((values, 8 * len(octets))).subnet_of(self._network)
+
+    def _found(self, question: dm.Question, records: list[tuple[int, bytes]]) -> Answer:
+        name = b"\xc0\x0c"  # pointer to the question: the asker's own spelling comes back
+        in_class = question.rclass in (IN, dm.ANY_CLASS)
+        wires = [dm.resource(name, rtype, TTL, rdata) for rtype, rdata in records
+                 if in_class and question.rtype in (rtype, Rtype.ANY)]
+        if wires:
+            return Answer(dm.Rcode.NOERROR, wires, [])
+        return self._nothing(question.folded, exists=True)
+
+    def _nothing(self, zone: bytes, *, exists: bool) -> Answer:
+        """No data, or no such name, with the SOA that says for how long (RFC 2308 3). The zone is the owned
+        domain where the name lies in it; a name outside it is a zone of its own."""
+        zone = self._zone(zone) or zone
+        soa = dm.soa_rdata(dm.encode_name(f"{PRESETS[0]}.{self.domain}"), dm.encode_name(f"hostmaster.{self.domain}"),
+                           minimum=NEGATIVE_TTL)
+        return Answer(dm.Rcode.NOERROR if exists else dm.Rcode.NXDOMAIN, [],
+                      [dm.resource(zone, Rtype.SOA, NEGATIVE_TTL, soa)])
+
+
+def _is_octet(label: bytes) -> bool:
+    return label.isdigit() and len(label) <= 3 and int(label) <= 255
+
+
+def _address4(octets: list[bytes]) -> IPv4Address | None:
+    if len(octets) != 4 or not all(_is_octet(o) for o in octets):
+        return None
+    return IPv4Address(bytes(int(o) for o in octets))

@@ -1,0 +1,314 @@
+"""What all stages share: start, granted objects, rights, the standard loop, cancel.
+
+`python -m pipeline stage NAME --control-fd N` ends up in main(). The control descriptor is one end of an
+AF_UNIX SOCK_SEQPACKET pair; the conversation and its states are drawn in pipeline/messages.py.
+
+A stage file has `Config`, `run(cfg, ctx) -> Ended`, and may have `acquire(cfg, ctx)`, which takes what needs
+rights: after it the process has no capabilities and cannot gain any (no_new_privs), then run() starts.
+
+Signals: SIGINT is ignored (a terminal sends it to the whole group; the supervisor decides), SIGTERM raises
+Terminated in run(). The process is killed if the supervisor's thread that forked it ends.
+"""
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any, NoReturn
+
+import msgspec
+
+from pipeline.messages import (
+    VERSION,
+    Cancel,
+    Channel,
+    Configure,
+    Ended,
+    Failed,
+    Hello,
+    Message,
+    MessageError,
+    Ping,
+    Pong,
+    Ready,
+    Running,
+    StageExit,
+    Start,
+)
+from pipeline.topology import TOPOLOGY
+from shm._dataplane import ffi, lib
+from shm.cell import counters_of
+
+CData = Any  # cffi has no type for a pointer
+
+__all__ = ["Ended", "StageContext", "StageError", "Terminated", "main"]
+
+
+class StageError(Exception):
+    """A stage cannot go on; the text goes to the supervisor as it is."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came. Not an Exception, so that a handler for errors in a stage does not swallow it."""
+
+
+class Orphaned(BaseException):
+    """The control socket is closed: the supervisor is gone."""
+
+
+class Memory(tuple[CData, int]):
+    """A mapped object: (address, bytes). Never unmapped: the stage's C state points into it until exit."""
+
+    __slots__ = ()
+
+
+def _check(rc: int, what: str, stage: CData) -> None:
+    if rc < 0:
+        text = ffi.string(lib.rn_stage_error(stage)).decode() if stage != ffi.NULL else ""
+        raise StageError(f"{what}: {text or os.strerror(-rc)}")
+
+
+class StageContext:
+    """What one stage was granted, and its line to the supervisor.
+
+    fds: extras by name (link, pcap, raw_icmp, dns_listen, ...): those topology allows and the session has.
+    session_mem, arena: (address, bytes); flows likewise or None. stage: struct rn_stage *, everything
+    granted to it already. draining: a Cancel came; end when nothing is left to move.
+    """
+
+    def __init__(self, channel: Channel, conf: Configure, fds: dict[str, int]) -> None:
+        self.name = conf.stage
+        self.row = conf.row
+        self.generation = conf.generation
+        self.draining = False
+        self.drain_ms = 0
+        self._channel = channel
+        self._running = False
+
+        def take(name: str, size: int) -> Memory:
+            fd = fds.pop(name)
+            mem = lib.rn_map(fd, size, 0)
+            if mem == ffi.NULL:
+                raise StageError(f"cannot map {name} ({size} bytes): {os.strerror(ffi.errno)}")
+            os.close(fd)
+            return Memory((mem, size))
+
+        self.session_mem = take("session", conf.session_size)
+        self.arena = take("arena", conf.arena_size)
+        self.flows = take("flows", conf.flows_size) if conf.flows_size else None
+        self.stage = lib.rn_stage_new(conf.row, conf.generation)
+        if self.stage == ffi.NULL:
+            raise StageError("out of memory")
+        _check(lib.rn_stage_set_session(self.stage, *self.session_mem), "session", self.stage)
+        _check(lib.rn_stage_set_arena(self.stage, *self.arena, int(conf.has_part)), "arena", self.stage)
+        for name in [n for n in fds if n.startswith("bell:")]:  # before the rings: they take them over
+            _check(lib.rn_stage_set_bell(self.stage, int(name[5:]), fds.pop(name)), name, self.stage)
+        for end in conf.inputs:
+            mem = take(f"in:{end.ring}", end.size)
+            _check(lib.rn_stage_add_input(self.stage, *mem, end.row), f"ring {end.ring}", self.stage)
+        for end in conf.outputs:
+            mem = take(f"out:{end.ring}", end.size)
+            _check(lib.rn_stage_add_output(self.stage, end.role, *mem, end.row), f"ring {end.ring}", self.stage)
+        _check(lib.rn_stage_set_control(self.stage, channel.fileno()), "control", self.stage)
+        self.fds = fds
+
+    def control_fileno(self) -> int:
+        """Descriptor to watch for readability in a loop of one's own; then call handle_control()."""
+        return self._channel.fileno()
+
+    def send(self, message: Message) -> None:
+        """Raises Orphaned if the supervisor is gone."""
+        try:
+            self._channel.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise Orphaned from None
+
+    def running(self) -> None:
+        """Tell the supervisor, once, that frames move from now on. run_loop() and handle_control() do it."""
+        if not self._running:
+            self._running = True
+            lib.rn_stage_state(self.stage, lib.RN_ST_RUNNING)
+            self.send(Running())
+
+    def handle_control(self) -> Ended | None:
+        """Read every control message that waits. Returns what run() must return, if it must end now.
+
+        On Cancel: the drain begins (draining is set, rn_stage_drain() called) and None is returned.
+        Raises MessageError, Orphaned.
+        """
+        self.running()
+        while True:
+            try:
+                got = self._channel.recv()
+            except BlockingIOError:
+                return None
+            if got is None:
+                raise Orphaned
+            match got[0]:
+                case Cancel(drain_ms=ms):
+                    self.draining = True
+                    self.drain_ms = ms
+                    lib.rn_stage_state(self.stage, lib.RN_ST_DRAINING)
+                    lib.rn_stage_drain(self.stage)
+                case Ping(seq=seq):
+                    self.send(Pong(seq=seq))
+                case other:
+                    raise MessageError(f"{type(other).__name__} to a running stage")
+
+    def counters(self) -> dict[str, int]:
+        """This process's counters that are not zero, as of the last turn."""
+        values = ((c.name, lib.rn_stage_counter(self.stage, c.index)) for c in counters_of(self.name))
+        return {n: v for n, v in values if v}
+
+    def ended(self, reason: str) -> Ended:
+        return Ended(reason=reason, counters=self.counters())
+
+    def run_loop(self) -> Ended:
+        """The loop of a C stage, after its stage_x_init(): C moves frames and returns only for a reason.
+
+        Calls the kind's fini whatever happens. Raises StageError with the data plane's text.
+        """
+        reason = "drained"
+        try:
+            self.running()
+            while True:
+                match lib.rn_stage_run(self.stage):
+                    case lib.RN_RUN_CONTROL:
+                        if (ended := self.handle_control()) is not None:
+                            return ended
+                    case lib.RN_RUN_DRAINED:
+                        break
+                    case lib.RN_RUN_STOPPED:
+                        reason = "stopped"
+                        break
+                    case lib.RN_RUN_SIGNAL:
+                        pass  # Python runs its handlers between two bytecodes: about here
+                    case _:
+                        raise StageError(ffi.string(lib.rn_stage_error(self.stage)).decode() or "data plane error")
+        finally:
+            lib.rn_stage_fini(self.stage)
+        return self.ended(reason)
+
+
+def _receive(channel: Channel) -> tuple[Any, list[int]]:
+    """Wait for a message as long as the supervisor lives: the deadlines are its own."""
+    while True:
+        channel.wait()
+        try:
+            got = channel.recv()
+        except BlockingIOError:
+            continue
+        if got is None:
+            raise Orphaned
+        return got
+
+
+def _drop_rights() -> None:
+    for what, rc in (("no_new_privs", lib.rn_os_no_new_privs()), ("capabilities", lib.rn_os_drop_caps())):
+        if rc < 0:
+            raise StageError(f"cannot drop {what}: {os.strerror(-rc)}")
+
+
+def _on_term(signum: int, frame: object) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)
+    raise Terminated
+
+
+def _raise_nofile() -> None:
+    """As many descriptors as the host lets us have: one a flow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def serve(name: str, channel: Channel) -> Ended:
+    """The whole life of a stage, up to what it has to say at its end. Raises StageError, MessageError, Orphaned,
+    Terminated, and whatever the stage raises."""
+    channel.send(Hello(version=VERSION, stage=name, pid=os.getpid()))
+    conf, fds = _receive(channel)
+    if isinstance(conf, Cancel):
+        return Ended(reason="cancelled before it was configured")
+    if not isinstance(conf, Configure):
+        raise MessageError(f"expected Configure, got {type(conf).__name__}")
+    if (conf.version, conf.stage) != (VERSION, name):
+        raise MessageError(f"Configure of version {conf.version} for {conf.stage!r}; this is {VERSION} and {name!r}")
+    module = importlib.import_module(f"pipeline.{name}")
+    try:
+        cfg = msgspec.msgpack.decode(conf.config, type=module.Config)
+    except msgspec.ValidationError as e:
+        raise StageError(f"configuration: {e}") from e
+    if conf.flows_size:
+        _raise_nofile()
+    ctx = StageContext(channel, conf, dict(zip(conf.fds, fds, strict=True)))
+    if (acquire := getattr(module, "acquire", None)) is not None:
+        acquire(cfg, ctx)
+    _drop_rights()
+    lib.rn_stage_state(ctx.stage, lib.RN_ST_READY)
+    channel.send(Ready())
+    while True:
+        message, _ = _receive(channel)
+        if isinstance(message, Start):
+            break
+        if isinstance(message, Cancel):
+            return Ended(reason="cancelled before it was started")
+        if not isinstance(message, Ping):
+            raise MessageError(f"expected Start, got {type(message).__name__}")
+        channel.send(Pong(seq=message.seq))
+    try:
+        ended = module.run(cfg, ctx)
+    except Terminated:
+        ended = ctx.ended("SIGTERM")
+    except BaseException:
+        lib.rn_stage_state(ctx.stage, lib.RN_ST_FAILED)
+        raise
+    lib.rn_stage_state(ctx.stage, lib.RN_ST_ENDED)
+    return ended
+
+
+def main(argv: list[str]) -> int:
+    """Process entry: argv is [NAME, "--control-fd", N]. Returns a StageExit."""
+    names = [s.name for s in TOPOLOGY.stages]
+    if len(argv) != 3 or argv[0] not in names or argv[1] != "--control-fd" or not argv[2].isdecimal():
+        print(f"ringnet stage: usage: ringnet stage {{{'|'.join(names)}}} --control-fd N"
+              " (N: an inherited AF_UNIX SOCK_SEQPACKET socket; the supervisor makes it)", file=sys.stderr)
+        return StageExit.USAGE
+    name = argv[0]
+    lib.rn_os_pdeathsig(signal.SIGKILL)
+    lib.rn_os_set_name(f"rn-{name}".encode())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_term)
+    try:
+        sock = socket.socket(fileno=int(argv[2]))
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            raise OSError("not an AF_UNIX SOCK_SEQPACKET socket")
+    except OSError as e:
+        print(f"ringnet stage {name}: --control-fd {argv[2]}: {e}", file=sys.stderr)
+        return StageExit.USAGE
+    sock.set_inheritable(False)
+    channel = Channel(sock)
+    code = StageExit.OK
+    last: Message
+    try:
+        last = serve(name, channel)
+    except Terminated:
+        last = Ended(reason="SIGTERM")
+    except (Orphaned, BrokenPipeError):
+        return StageExit.ORPHANED
+    except MessageError as e:
+        last, code = Failed(error=str(e)), StageExit.PROTOCOL
+    except (StageError, OSError) as e:
+        last, code = Failed(error=str(e)), StageExit.FAILED
+    except Exception as e:  # a bug: its place is worth more than a short line
+        import traceback
+
+        traceback.print_exc()
+        last, code = Failed(error=f"{type(e).__name__}: {e}"), StageExit.FAILED
+    try:
+        channel.send(last)
+    except OSError:
+        return StageExit.ORPHANED
+    return code

@@ -1,0 +1,680 @@
+"""The supervisor: makes a session's memory, starts its stages, watches them, ends them. Never sees a frame.
+
+One loop, one wait: control sockets, pidfds and whatever the caller added (signals, the guest's process) are
+watched together with the nearest deadline. The conversation is drawn in pipeline/messages.py.
+
+Memory is made by POSIX shared memory with a name that is gone again before the next line runs: what is left is
+descriptors, so that nothing outlives the last process, however it ends. The supervisor keeps every descriptor
+it granted (rings, doorbells, link): a successor of a dead stage will need them.
+
+Start:  all stages are spawned at once, sinks first; each phase (Hello, Ready, Running) has a deadline.
+Cancel: one stage after the other, sources first, each drained within a deadline; then SIGTERM, then SIGKILL.
+        Once a stage is dead, what feeds it can no longer drain: then all are cancelled at the same time.
+"""
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from pipeline.config import Settings, stage_configs
+from pipeline.messages import (
+    VERSION,
+    Cancel,
+    Channel,
+    Configure,
+    End,
+    Ended,
+    Exit,
+    Failed,
+    Hello,
+    Message,
+    MessageError,
+    Ping,
+    Pong,
+    Ready,
+    Running,
+    Start,
+)
+from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
+from shm._dataplane import lib
+from shm.arena import Arena
+from shm.cell import Session as CellTable
+from shm.cell import counters_of
+from shm.flows import Flows
+from shm.memory import SharedObject
+from shm.ring import Ring
+
+LINK_BUFFER = 8 << 20  # bytes each way on a datagram link: 93 frames queue at the default, 7282 at this
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # socket(7); Python has no names for them
+_Object = TypeVar("_Object", bound=SharedObject)
+PING_GROUP_RANGE = "net.ipv4.ping_group_range"
+
+
+class Link(Struct, frozen=True, kw_only=True):
+    """The guest's side. fd: duplicated by the session; the caller keeps its own."""
+
+    fd: int
+    kind: str  # "tap" or "dgram"
+    vnet: bool  # a 12-byte virtio-net header before each frame, and offloads
+    name: str = "guest"  # for the capture file
+
+
+class Deadlines(Struct, frozen=True, kw_only=True):
+    """Seconds."""
+
+    hello: float = 10.0  # starting an interpreter, on a busy machine
+    ready: float = 5.0
+    running: float = 5.0
+    drain: float = 1.0  # a stage, from Cancel to its end
+    drain_failed: float = 0.3  # the same, when a stage is dead already
+    term: float = 1.0  # from SIGTERM to SIGKILL
+
+
+class StageEnd(Struct, frozen=True, kw_only=True):
+    """How a stage ended."""
+
+    pid: int
+    status: int  # exit code, or minus the signal, as subprocess has it
+    reason: str
+    counters: dict[str, int]  # all of the stage's, as last published
+    cpu_s: float  # user + system
+    frames_left: int  # descriptors in its input rings when all had ended
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    code: Exit
+    reason: str
+    stages: dict[str, StageEnd]
+
+
+class SessionError(Exception):
+    """The session could not start, or a stage broke it. `code` is an Exit."""
+
+    def __init__(self, code: Exit, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class State(enum.Enum):
+    """What the supervisor knows of a stage (drawing: pipeline/messages.py)."""
+
+    SPAWNED = enum.auto()
+    GREETED = enum.auto()
+    CONFIGURED = enum.auto()
+    READY = enum.auto()
+    STARTING = enum.auto()
+    RUNNING = enum.auto()
+    CANCELLED = enum.auto()
+    ENDED = enum.auto()  # said so; the process may be there still
+    GONE = enum.auto()  # reaped
+
+
+# What a stage may say in a state, and the state that follows.
+MOVES: dict[State, dict[type[Message], State]] = {
+    State.SPAWNED: {Hello: State.GREETED, Failed: State.ENDED, Ended: State.ENDED},
+    State.GREETED: {Failed: State.ENDED, Ended: State.ENDED},
+    State.CONFIGURED: {Ready: State.READY, Failed: State.ENDED, Ended: State.ENDED},
+    State.READY: {Failed: State.ENDED, Ended: State.ENDED, Pong: State.READY},
+    State.STARTING: {Running: State.RUNNING, Failed: State.ENDED, Ended: State.ENDED, Pong: State.STARTING},
+    State.RUNNING: {Failed: State.ENDED, Ended: State.ENDED, Pong: State.RUNNING},
+    # a Cancel may cross what the stage said before it read it
+    State.CANCELLED: {Hello: State.CANCELLED, Ready: State.CANCELLED, Running: State.CANCELLED,
+                      Failed: State.ENDED, Ended: State.ENDED, Pong: State.CANCELLED},
+    State.ENDED: {},
+    State.GONE: {},
+}
+
+
+def describe_status(status: int) -> str:
+    """`exit code 1`, `signal 9 (SIGKILL)`."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return f"signal {-status} ({signal.Signals(-status).name})"
+    except ValueError:
+        return f"signal {-status}"
+
+
+class Child:
+    """A stage process as the supervisor has it."""
+
+    def __init__(self, decl: Stage, row: int) -> None:
+        self.decl, self.row = decl, row
+        self.state = State.SPAWNED
+        self.generation = 0
+        self.popen: subprocess.Popen[bytes] | None = None
+        self.pidfd = -1
+        self.channel: Channel | None = None
+        self.said: Ended | Failed | None = None
+        self.status: int | None = None
+        self.cpu_s = 0.0
+        self.pongs = 0
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid if self.popen else 0
+
+    @property
+    def alive(self) -> bool:
+        return self.popen is not None and self.state is not State.GONE
+
+
+class Memory:
+    """All shared objects of a session, laid out by the topology."""
+
+    def __init__(self, topo: Topology) -> None:
+        self._all: list[SharedObject] = []
+        self.rings: dict[str, Ring] = {}
+        try:
+            self.session = self._keep(CellTable.create(len(topo.stages)))
+            self.arena = self._keep(Arena.create([(s.small, s.large) for s in topo.stages]))
+            self.arena.detach()  # frames are none of the supervisor's business
+            self.flows = self._keep(Flows.create(topo.flows, (secrets.randbits(64), secrets.randbits(64))))
+            for ring in topo.rings:
+                self.rings[ring.name] = self._keep(Ring.create(ring.slots, name=f"ring {ring.name}"))
+        except OSError as e:
+            self.close()
+            raise SessionError(Exit.RUNTIME, f"shared memory: {e.strerror}; is /dev/shm full or missing?") from e
+        except BaseException:
+            self.close()
+            raise
+
+    def _keep(self, made: _Object) -> _Object:
+        self._all.append(made)
+        return made
+
+    def close(self) -> None:
+        for made in self._all:
+            made.destroy()
+
+
+class Signals:
+    """Signals as events: handlers only queue, the loop asks. `with Signals(...) as s: session.watch(s.fileno(), ...)`.
+
+    Main thread only. Restores the old handlers.
+    """
+
+    def __init__(self, *wanted: signal.Signals) -> None:
+        self._wanted = wanted
+        self._queue: list[signal.Signals] = []
+
+    def __enter__(self) -> Signals:
+        self._r, self._w = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._r.setblocking(False)
+        self._w.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._w.fileno(), warn_on_full_buffer=False)
+        self._old = {s: signal.signal(s, lambda n, _: self._queue.append(signal.Signals(n))) for s in self._wanted}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, old in self._old.items():
+            signal.signal(s, old)
+        signal.set_wakeup_fd(self._old_fd)
+        self._r.close()
+        self._w.close()
+
+    def fileno(self) -> int:
+        return self._r.fileno()
+
+    def take(self) -> list[signal.Signals]:
+        """Those that came since the last call, oldest first."""
+        try:
+            while self._r.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        got, self._queue[:] = self._queue[:], []
+        return got
+
+
+class Session:
+    """One guest's pipeline. As a library: `with Session(settings, link=Link(...)) as s: ... s.poll(0.1) ...`.
+
+    The block begins with every stage running (SessionError if that fails) and ends with none. start() must be
+    called by a thread that lives as long as the session: the stages die with it (PR_SET_PDEATHSIG).
+    """
+
+    def __init__(self, settings: Settings, *, link: Link, topology: Topology = TOPOLOGY,
+                 deadlines: Deadlines = Deadlines(), log: Callable[[str], None] | None = None,
+                 warn: Callable[[str], None] | None = None) -> None:
+        self.settings = settings
+        self.link = link
+        self.topology = topology.only(frozenset({Feature.NIC1})).validate(max_stages=8)
+        self.deadlines = deadlines
+        self._log = log or (lambda text: None)
+        self._warn = warn or (lambda text: print(f"ringnet: {text}", file=sys.stderr))
+        self.children = [Child(s, row) for row, s in enumerate(self.topology.stages)]
+        self.memory: Memory | None = None
+        self.result: Result | None = None
+        self.started_at = 0.0  # CLOCK_MONOTONIC, s
+        self._selector = selectors.DefaultSelector()
+        self._failure: tuple[Exit, str] | None = None
+        self._request: tuple[Exit, str] | None = None
+        self._up = False
+        self._hurry = False
+        self._bells: list[int] = []
+        self._extras: dict[str, int] = {}
+        self._dns: socket.socket | None = None
+
+    # -- as a context
+
+    def __enter__(self) -> Session:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.close()
+
+    # -- what the outside may know
+
+    def child(self, name: str) -> Child:
+        return self.children[self.topology.row(name)]
+
+    def stages(self) -> dict[str, int]:
+        """Process ids by stage name, of those that live."""
+        return {c.decl.name: c.pid for c in self.children if c.alive}
+
+    def counters(self, name: str) -> dict[str, int]:
+        """A stage's counters (its own and those all have) as last published; zeros included."""
+        if self.memory is None:
+            return dict(self.result.stages[name].counters) if self.result and name in self.result.stages else \
+                dict.fromkeys((c.name for c in counters_of(name)), 0)
+        return self.memory.session.counters(self.topology.row(name), name)
+
+    def ring_fill(self, name: str) -> tuple[int, int]:
+        """(descriptors waiting, descriptors ever) of a ring."""
+        assert self.memory is not None, "session is closed"
+        stat = self.memory.rings[name].stat()
+        return stat.fill, stat.tail
+
+    # -- the loop
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back when fd is readable (or closed by its peer), during poll(), start() and stop()."""
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def unwatch(self, fd: int) -> None:
+        if fd in self._selector.get_map():
+            self._selector.unregister(fd)
+
+    def end(self, reason: str, code: Exit = Exit.OK) -> None:
+        """Ask for the end: poll() returns False from now on. The first call counts."""
+        if self._request is None:
+            self._request = (code, reason)
+
+    def hurry(self) -> None:
+        """No patience any more (a second ^C): drains under way and to come end at once."""
+        self._hurry = True
+
+    def poll(self, timeout: float | None = None) -> bool:
+        """Wait for events at most so many seconds and handle them. False: the session is over, call stop()."""
+        if self._failure is None and self._request is None:
+            self._step(timeout)
+        return self._failure is None and self._request is None
+
+    def run(self) -> Result:
+        """Serve until something ends the session."""
+        while self.poll():
+            pass
+        return self.stop()
+
+    def _step(self, timeout: float | None) -> None:
+        events = self._selector.select(timeout)
+        # The caller's watches (signals) before the stages': when a signal went to the whole process group, a
+        # stage that ended of it is no accident.
+        for key, _ in events:
+            if not isinstance(key.data, Child) and self._selector.get_map().get(key.fd) is key:
+                key.data()
+        for key, _ in events:
+            if isinstance(key.data, Child):
+                if key.data.channel is not None:
+                    self._hear(key.data)
+                if key.fd == key.data.pidfd and key.data.state is not State.GONE:
+                    self._reap(key.data)
+
+    def _hear(self, child: Child) -> None:
+        """Read all a stage said."""
+        assert child.channel is not None
+        while True:
+            try:
+                got = child.channel.recv()
+            except BlockingIOError:
+                return
+            except MessageError as e:
+                self._fail(child, str(e))
+                got = None
+            if got is None:  # EOF: its pidfd will tell the rest
+                self._drop_channel(child)
+                return
+            message = got[0]
+            after = MOVES[child.state].get(type(message))
+            if after is None:
+                self._fail(child, f"said {type(message).__name__} while {child.state.name.lower()}")
+                return
+            self._log(f"{child.decl.name}: {type(message).__name__}")
+            if isinstance(message, Hello) and message.version != VERSION:
+                self._fail(child, f"speaks control version {message.version}, not {VERSION}: mixed installation")
+            was, child.state = child.state, after
+            if isinstance(message, (Ended, Failed)):
+                child.said = message
+                if was is not State.CANCELLED:
+                    self._ended_unasked(child, was, message)
+            elif isinstance(message, Pong):
+                child.pongs = message.seq
+
+    def _ended_unasked(self, child: Child, was: State, message: Ended | Failed) -> None:
+        name = child.decl.name
+        if isinstance(message, Failed):
+            if was in (State.SPAWNED, State.GREETED, State.CONFIGURED, State.READY, State.STARTING):
+                self._set_failure(Exit.NOT_READY, f"stage {name} did not start: {message.error}")
+            else:
+                self._set_failure(Exit.STAGE_FAILED, f"stage {name} failed: {message.error}; {self._last(child)}")
+        elif child.decl.source and was is State.RUNNING and message.reason != "SIGTERM":
+            self.end(f"stage {name} ended: {message.reason}")  # its source dried up: the guest closed the link
+        else:
+            self._set_failure(Exit.STAGE_DIED, f"stage {name} ended: {message.reason}; {self._last(child)}")
+
+    def _last(self, child: Child) -> str:
+        seen = {n: v for n, v in self.counters(child.decl.name).items() if v}
+        return "last counters: " + (", ".join(f"{n}={v}" for n, v in seen.items()) or "all zero")
+
+    def _fail(self, child: Child, why: str) -> None:
+        code = Exit.STAGE_FAILED if self._up else Exit.NOT_READY
+        self._set_failure(code, f"stage {child.decl.name}: {why}")
+
+    def _set_failure(self, code: Exit, reason: str) -> None:
+        if self._failure is None:
+            self._failure = (code, reason)
+
+    def _reap(self, child: Child) -> None:
+        assert child.popen is not None
+        pid, status, usage = os.wait4(child.popen.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        was, child.state = child.state, State.GONE
+        child.status = child.popen.returncode = os.waitstatus_to_exitcode(status)
+        child.cpu_s = usage.ru_utime + usage.ru_stime
+        self._selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        child.pidfd = -1
+        self._drop_channel(child)
+        self._log(f"{child.decl.name}: gone, {describe_status(child.status)}")
+        if was is State.RUNNING:
+            self._set_failure(Exit.STAGE_DIED, f"stage {child.decl.name} died: {describe_status(child.status)};"
+                              f" {self._last(child)}")
+        elif was not in (State.CANCELLED, State.ENDED):
+            self._set_failure(Exit.NOT_READY, f"stage {child.decl.name} ended before it was running"
+                              f" ({was.name.lower()}): {describe_status(child.status)}")
+
+    def _drop_channel(self, child: Child) -> None:
+        if child.channel is not None:
+            self._selector.unregister(child.channel.fileno())
+            child.channel.close()
+            child.channel = None
+
+    def _send(self, child: Child, message: Message, fds: Iterable[int] = ()) -> None:
+        if child.channel is None:
+            return
+        try:
+            child.channel.send(message, list(fds))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is ending: its pidfd says so, and what it said last is read first
+        except BlockingIOError:
+            self._fail(child, "does not read its control messages")
+
+    # -- start
+
+    def start(self) -> None:
+        """Make memory, start every stage, return when all are running. Raises SessionError; then nothing is left."""
+        try:
+            self._prepare()
+            sinks_first = self.children[::-1]
+            for child in sinks_first:
+                self._spawn(child)
+            d = self.deadlines
+            self._until(State.GREETED, d.hello, "Hello")
+            dns_path = self._dns.getsockname()[1:].decode() if self._dns else ""
+            configs = stage_configs(self.settings, link_kind=self.link.kind, vnet=self.link.vnet, dns_path=dns_path)
+            for child in sinks_first:
+                self._configure(child, configs[child.decl.name])
+            self._until(State.READY, d.ready, "Ready")
+            for child in sinks_first:
+                child.state = State.STARTING
+                self._send(child, Start())
+                self._until(State.RUNNING, d.running, "Running", [child])
+            self._up = True
+            self.started_at = time.monotonic()
+        except BaseException:
+            self.stop()
+            self.close()
+            raise
+
+    def _until(self, state: State, seconds: float, what: str, children: list[Child] | None = None) -> None:
+        """Wait until the stages are there. Raises SessionError."""
+        deadline = time.monotonic() + seconds
+        children = children or self.children
+        while True:
+            if self._failure:
+                raise SessionError(*self._failure)
+            late = [c.decl.name for c in children if c.state is not state]
+            if not late:
+                return
+            if self._request:
+                raise SessionError(*self._request)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._set_failure(Exit.NOT_READY, f"stage {', '.join(late)}: no {what} within {seconds:g} s")
+                continue
+            self._step(left)
+
+    def _prepare(self) -> None:
+        self.memory = Memory(self.topology)
+        for _ in self.children:
+            fd = lib.rn_bell_new()
+            if fd < 0:
+                raise SessionError(Exit.RUNTIME, f"doorbell: {os.strerror(-fd)}")
+            self._bells.append(fd)
+        self._extras["link"] = link = os.dup(self.link.fd)
+        os.set_blocking(link, False)
+        if self.link.kind == "dgram":
+            self._widen(link)
+        wanted = {name for c in self.children for name in c.decl.fds}
+        if "pcap" in wanted and self.settings.pcap:
+            self._extras["pcap"] = self._open_pcap(self.settings.pcap)
+        if "dns_listen" in wanted:
+            self._dns = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self._dns.bind("")  # the kernel picks a free abstract name (unix(7), autobind)
+            self._dns.listen(64)
+            self._extras["dns_listen"] = self._dns.fileno()
+        if "raw_icmp" in wanted and (raw := self._raw_icmp()) >= 0:
+            self._extras["raw_icmp"] = raw
+
+    @staticmethod
+    def _widen(fd: int) -> None:
+        sock = socket.socket(fileno=os.dup(fd))
+        with sock:
+            for force, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, force, LINK_BUFFER)
+                except PermissionError:
+                    sock.setsockopt(socket.SOL_SOCKET, plain, LINK_BUFFER)  # up to net.core.[rw]mem_max
+
+    def _open_pcap(self, path: str) -> int:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise SessionError(Exit.RUNTIME, f"--pcap {path}: {e.strerror}") from e
+        rc = lib.rn_pcap_begin(fd, self.link.name.encode(), 0)
+        if rc < 0:
+            os.close(fd)
+            raise SessionError(Exit.RUNTIME, f"--pcap {path}: {os.strerror(-rc)}")
+        return fd
+
+    def _raw_icmp(self) -> int:
+        """A raw ICMP socket if egress cannot make ping sockets and we may make a raw one; else -1."""
+        try:
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP).close()
+            return -1
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EPERM, errno.EPROTONOSUPPORT):
+                raise
+        try:
+            raw = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMP)
+        except PermissionError:
+            if not self.settings.quiet:
+                self._warn(f"ping works to the gateway only: allow ping sockets with sysctl {PING_GROUP_RANGE}="
+                           "'0 2147483647', or run as root")
+            return -1
+        return raw.detach()
+
+    def _spawn(self, child: Child) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.environ.get("PYTHONPATH")
+        env = dict(os.environ, PYTHONPATH=f"{root}{os.pathsep}{path}" if path else root)
+        # -P: the current directory must not shadow our packages. stdout is the guest command's.
+        argv = [sys.executable, "-P", "-m", "pipeline", "stage", child.decl.name, "--control-fd", str(theirs.fileno())]
+        with theirs:
+            try:
+                child.popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env,
+                                               pass_fds=(theirs.fileno(),))
+            except OSError as e:
+                ours.close()
+                raise SessionError(Exit.RUNTIME, f"cannot start stage {child.decl.name}: {e.strerror}") from e
+        child.channel = Channel(ours)
+        child.pidfd = os.pidfd_open(child.popen.pid)
+        self._selector.register(ours, selectors.EVENT_READ, child)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+
+    def _configure(self, child: Child, config: dict[str, Any]) -> None:
+        """Send a stage what topology grants it, and nothing else."""
+        assert self.memory is not None
+        topo, mem, decl, name = self.topology, self.memory, child.decl, child.decl.name
+        grants: list[tuple[str, int]] = [("session", mem.session.fd), ("arena", mem.arena.fd)]
+        if decl.flows:
+            grants.append(("flows", mem.flows.fd))
+        inputs, outputs = [], []
+        for ring in topo.inputs(name):
+            grants.append((f"in:{ring.name}", mem.rings[ring.name].fd))
+            inputs.append(End(ring=ring.name, size=mem.rings[ring.name].size, row=topo.row(ring.producer)))
+        for ring in topo.outputs(name):
+            grants.append((f"out:{ring.name}", mem.rings[ring.name].fd))
+            outputs.append(End(ring=ring.name, size=mem.rings[ring.name].size, row=topo.row(ring.consumer),
+                               role=int(ring.role)))
+        for row in sorted({child.row, *(topo.row(n) for n in topo.neighbours(name))}):
+            grants.append((f"bell:{row}", self._bells[row]))
+        grants += [(extra, self._extras[extra]) for extra in decl.fds if extra in self._extras]
+        child.state = State.CONFIGURED
+        self._send(child, Configure(
+            version=VERSION, stage=name, row=child.row, generation=child.generation,
+            session_size=mem.session.size, arena_size=mem.arena.size, has_part=bool(decl.small or decl.large),
+            flows_size=mem.flows.size if decl.flows else 0, inputs=tuple(inputs), outputs=tuple(outputs),
+            fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
+        ), [fd for _, fd in grants])
+
+    def ping(self, name: str, seq: int) -> None:
+        """Ask a stage for a Pong; child(name).pongs is then seq."""
+        self._send(self.child(name), Ping(seq=seq))
+
+    # -- end
+
+    def stop(self) -> Result:
+        """End every stage, in order, and say how it went. May be called again."""
+        if self.result is not None:
+            return self.result
+        d = self.deadlines
+        failed = self._failure
+        if failed is None and self._up:
+            for child in self.children:  # sources first
+                self._cancel([child], d.drain)
+        self._cancel(self.children, d.drain_failed)
+        code, reason = failed or self._failure or self._request or (Exit.OK, "stopped")
+        self.result = Result(code=code, reason=reason, stages={c.decl.name: self._stage_end(c) for c in self.children
+                                                               if c.popen is not None})
+        return self.result
+
+    def _cancel(self, children: list[Child], drain: float) -> None:
+        """Cancel these at the same time, and see them gone: Cancel, SIGTERM, SIGKILL."""
+        for c in children:
+            if c.alive and c.state is not State.ENDED:
+                c.state = State.CANCELLED
+                self._send(c, Cancel(drain_ms=int(drain * 1000)))
+        if self._all_gone(children, 0.0 if self._hurry else drain):
+            return
+        for c in children:
+            if c.alive:
+                self._log(f"{c.decl.name}: not drained within {drain:g} s, SIGTERM")
+                # The stop word and the doorbell too: a signal just before the loop sleeps would wait for its wake.
+                assert self.memory is not None
+                self.memory.session.stop(c.row)
+                lib.rn_bell_ring(self._bells[c.row])
+                self._signal(c, signal.SIGTERM)
+        if self._all_gone(children, 0.0 if self._hurry else self.deadlines.term):
+            return
+        for c in children:
+            if c.alive:
+                self._warn(f"stage {c.decl.name} did not end: SIGKILL")
+                self._signal(c, signal.SIGKILL)
+        if not self._all_gone(children, 60.0):
+            raise RuntimeError("a stage survives SIGKILL: stuck in the kernel")
+
+    def _signal(self, child: Child, signum: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(child.pidfd, signum)
+        except ProcessLookupError:
+            pass  # ended, and will be reaped
+
+    def _all_gone(self, children: list[Child], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        hurried = self._hurry
+        while any(c.alive for c in children):
+            left = deadline - time.monotonic()
+            if left < 0 or self._hurry and not hurried:
+                return False
+            self._step(left)
+        return True
+
+    def _stage_end(self, child: Child) -> StageEnd:
+        name = child.decl.name
+        status = child.status if child.status is not None else 0
+        match child.said:
+            case Ended(reason=text):
+                reason = text
+            case Failed(error=text):
+                reason = f"failed: {text}"
+            case _:
+                reason = describe_status(status)
+        return StageEnd(pid=child.pid, status=status, reason=reason, counters=self.counters(name),
+                        cpu_s=child.cpu_s, frames_left=sum(self.ring_fill(r.name)[0] for r in self.topology.inputs(name)))
+
+    def close(self) -> None:
+        """Give memory and descriptors back; result and its counters stay."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+        for fd in self._bells:
+            os.close(fd)
+        self._bells = []
+        self._extras.pop("dns_listen", None)  # the socket object owns it
+        if self._dns is not None:
+            self._dns.close()
+            self._dns = None
+        for fd in self._extras.values():
+            os.close(fd)
+        self._extras = {}
+        self._selector.close()

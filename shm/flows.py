@@ -1,0 +1,105 @@
+"""The flow table, as the supervisor makes it and the monitor reads it."""
+from __future__ import annotations
+
+import enum
+import errno
+import ipaddress
+from collections.abc import Iterator
+from typing import Self
+
+from msgspec import Struct
+
+from shm._dataplane import ffi, lib
+from shm.memory import SharedObject, check
+
+
+class FlowState(enum.IntEnum):
+    """enum rn_flow_state."""
+
+    FREE = lib.RN_FL_FREE
+    CONNECTING = lib.RN_FL_CONNECTING
+    SYN_RCVD = lib.RN_FL_SYN_RCVD
+    ESTABLISHED = lib.RN_FL_ESTABLISHED
+    TIME_WAIT = lib.RN_FL_TIME_WAIT
+    MAPPED = lib.RN_FL_MAPPED
+
+
+class Flow(Struct, frozen=True, kw_only=True):
+    """One entry. Read while it may change: good to look at, not to decide by."""
+
+    index: int
+    proto: int  # IP protocol number
+    state: FlowState
+    guest: str  # address; IPv4 in its usual form
+    guest_port: int  # ICMP: echo identifier
+    peer: str  # as the guest calls it; "" for a UDP mapping
+    peer_port: int
+    up_owner: int  # stage row, -1: nobody
+    down_owner: int
+    up_fin: int  # RN_FIN_*
+    down_fin: int
+    created_ns: int  # CLOCK_MONOTONIC
+    last_ns: int
+    up_bytes: int
+    up_packets: int
+    down_bytes: int
+    down_packets: int
+    rcv_nxt: int
+    rcv_adv: int
+    snd_una: int
+    snd_nxt: int
+    snd_wnd: int  # bytes
+    mss: int
+    srtt_us: int
+    rto_us: int
+    retransmits: int
+    parked: int  # bytes of guest segments kept
+
+
+def _address(raw: bytes) -> str:
+    """Shortest text of a 16-byte address, "" if it is zero."""
+    if not any(raw):
+        return ""
+    address = ipaddress.IPv6Address(raw)
+    return str(address.ipv4_mapped or address)
+
+
+class Flows(SharedObject):
+    kind = "flows"
+
+    @classmethod
+    def create(cls, entries: int, secret: tuple[int, int], *, name: str = "flows") -> Self:
+        """`secret`: 128 random bits, the key of initial sequence numbers (RFC 6528 3)."""
+        size = lib.rn_flows_size(entries) if 0 <= entries < 2**32 else 0
+        return cls._new("flows", size, name, lambda mem, size: lib.rn_flows_create(mem, size, entries, *secret))
+
+    def _check(self) -> int:
+        return lib.rn_flows_check(self.mem, self.size)
+
+    def __len__(self) -> int:
+        """Entries, free ones included."""
+        return int(lib.rn_flows_count(self.mem))
+
+    def read(self, index: int) -> Flow | None:
+        """One entry; None if it is free. Raises LayoutMismatch (no such entry)."""
+        v = ffi.new("struct rn_flow_view *")
+        rc = lib.rn_flows_read(self.mem, self.size, index, v)
+        if rc == -errno.ENOENT:
+            return None
+        check(rc, f"{self.name}, entry {index}")
+        return Flow(
+            index=index, proto=v.proto, state=FlowState(v.state),
+            guest=_address(bytes(v.guest_addr)), guest_port=v.guest_port,
+            peer=_address(bytes(v.peer_addr)), peer_port=v.peer_port,
+            up_owner=v.up_owner - 1, down_owner=v.down_owner - 1, up_fin=v.up_fin, down_fin=v.down_fin,
+            created_ns=v.created_ns, last_ns=v.last_ns,
+            up_bytes=v.up_bytes, up_packets=v.up_packets, down_bytes=v.down_bytes, down_packets=v.down_packets,
+            rcv_nxt=v.rcv_nxt, rcv_adv=v.rcv_adv, snd_una=v.snd_una, snd_nxt=v.snd_nxt, snd_wnd=v.snd_wnd,
+            mss=v.mss, srtt_us=v.srtt_us, rto_us=v.rto_us, retransmits=v.retransmits, parked=v.parked,
+        )
+
+    def __iter__(self) -> Iterator[Flow]:
+        """Entries in use."""
+        for i in range(len(self)):
+            if (flow := self.read(i)) is not None:
+                yield flow
