@@ -37,13 +37,6 @@ static inline void full_fence(void)
 }
 #endif
 
-/* Only tests/tsan sets this: publishing without order, to see that the sanitizer would tell. */
-#ifdef BROKEN
-#define PUBLISH_ORDER memory_order_relaxed
-#else
-#define PUBLISH_ORDER memory_order_release
-#endif
-
 uint64_t rn_ring_size(uint32_t nslots)
 {
 	if (nslots < 2 || nslots > RN_RING_SLOTS_MAX || (nslots & (nslots - 1)))
@@ -215,7 +208,7 @@ void rn_ring_publish(struct rn_ring_tx *tx)
 	if (tx->published == tx->tail)
 		return;
 	/* P1: release, pairs C1: slots before count. */
-	atomic_store_explicit(&tx->ring->tail, tx->tail, PUBLISH_ORDER);
+	atomic_store_explicit(&tx->ring->tail, tx->tail, memory_order_release);
 	tx->published = tx->tail;
 	if (tx->bell < 0)
 		return;

@@ -4,10 +4,12 @@
  * the connection ended; no copy of the data kept for retransmission.
  *
  * Up (guest to host): in-order bytes go to send(); rcv_nxt advances by what send() took, so an ACK is a
- * statement of the host kernel (I1). What came early, or what a full host buffer did not take, is parked: the
- * frame's buffer itself is kept in a sorted list, not copied, and not acknowledged. The window is the host
- * socket's free space plus a slack (I3): without the slack the guest could never fill the host buffer, and the
- * kernel grows a send buffer only for a sender that hit its end. While something is parked the right edge stands.
+ * statement of the host kernel (I1). The segments of a burst wait in the frames' own buffers until tcp_work() sends
+ * them together. What came early, or what a full host buffer did not take, is parked, not acknowledged, in private
+ * memory: a copy, but were guest_tx's buffers held for it, a few slow servers could keep the guest from speaking. The
+ * window is the host socket's free space plus a slack (I3): without the slack the guest could never fill the host
+ * buffer, and the kernel grows a send buffer only for a sender that hit its end. While the host buffer is full the
+ * right edge stands.
  *
  * Down (host to guest): data stays in the host socket until the guest acknowledged it (I2). down_pump() peeks at
  * offset snd_nxt - snd_una, an ACK discards. Going back is moving the peek offset. Kernels before 6.9 lack
@@ -21,8 +23,8 @@
  * Events only queue work (tcp_event, tcp_input set bits); tcp_work() does it when the guest ring has room, so that
  * several frames of a burst cost one send() and one ACK, and a full ring delays instead of dropping.
  *
- * Limits: parked frames TCP_PARK_LARGE / TCP_PARK_SMALL over all flows (they are guest_tx's buffers: were they all
- * parked, the guest could not speak); connects under way cfg.pending_max; flows by the table; descriptors nfile.
+ * Limits: parked bytes TCP_PARK_MAX over all flows, segments TCP_NODES; beyond, what is last is dropped with a counter
+ * and sent again by the guest, as it was never acknowledged; connects under way cfg.pending_max; flows by the table; descriptors nfile.
  * Timeouts: SYN-ACK resent 5 times from 1 s; data given up after TCP_RETRIES timeouts; keepalive after 2 h idle.
  */
 #include "egress.h"
@@ -48,9 +50,10 @@
 
 #define TCP_WSCALE 7u		 /* our shift: 8 MiB, above the kernel's largest send buffer estimate */
 #define TCP_SLACK (128u << 10)	 /* bytes of window beyond the host's free space */
-#define TCP_PARK_LARGE 48u	 /* of guest_tx's large buffers */
-#define TCP_PARK_SMALL 1024u	 /* of guest_tx's small buffers */
-#define TCP_NODES 4096u		 /* list nodes: more than the buffers they can hold */
+#define TCP_SLACK_LOW (16u << 10) /* the same when much is parked already */
+#define TCP_PARK_MAX (32u << 20) /* bytes parked, all flows */
+#define TCP_NODES 16384u	 /* segments parked, all flows, */
+#define TCP_NODES_RESERVE 1024u	 /* of which these are for in-order segments on their way to send() */
 #define TCP_FLUSH_IOV 64u	 /* segments a sendmsg() */
 #define TCP_PUMP 4u		 /* frames a flow may send before the next one's turn */
 #define TCP_RTO_INIT_US 1000000u /* RFC 6298 2.1 */
@@ -98,7 +101,8 @@ enum { /* flow_priv.flags */
 
 struct eg_parked {
 	struct eg_parked *next;
-	struct rn_buf *buf;
+	struct rn_buf *buf;  /* data lies in this frame: only within a turn, or */
+	uint8_t *own;	     /* in memory of our own */
 	const uint8_t *data;
 	uint32_t seq, len;
 };
@@ -114,7 +118,8 @@ struct tcp_flow { /* what only this file needs of a flow */
 struct tcp_state {
 	struct tcp_flow *flow;
 	struct eg_parked *nodes, *free_nodes;
-	uint32_t parked[2]; /* buffers held, by class */
+	uint32_t nfree;	 /* nodes in free_nodes */
+	uint64_t parked; /* bytes in memory of our own */
 	struct rn_buf *spare; /* large buffer to peek into: most reads fit a small one afterwards */
 	uint8_t *scratch;
 	struct iovec *skip; /* discard vector of the fallback: all entries are the scratch page */
@@ -179,6 +184,7 @@ int tcp_init(struct egress *e)
 		t->nodes[i].next = t->free_nodes;
 		t->free_nodes = &t->nodes[i];
 	}
+	t->nfree = TCP_NODES;
 	for (uint32_t i = 0; i < 1024; i++)
 		t->skip[i].iov_base = t->scratch;
 	t->peek_off = e->cfg.peek_offset < 0 ? probe_peek_off() : e->cfg.peek_offset;
@@ -193,12 +199,31 @@ static void node_free(struct egress *e, struct flow_priv *p, struct rn_flow *f, 
 {
 	struct tcp_state *t = e->tcp;
 
-	t->parked[n->buf->cls == RN_LARGE]--;
-	rn_buf_free(&e->s->pool, n->buf);
+	if (n->buf)
+		rn_buf_free(&e->s->pool, n->buf);
+	if (n->own) {
+		free(n->own);
+		t->parked -= n->len;
+	}
 	f->up.parked -= n->len;
 	p->nparked--;
 	n->next = t->free_nodes;
 	t->free_nodes = n;
+	t->nfree++;
+}
+
+/* Copy into memory of our own. 0, or -ENOMEM: over the bound, or out of memory. */
+static int node_own(struct tcp_state *t, struct eg_parked *n, uint64_t limit)
+{
+	if (t->parked + n->len > limit)
+		return -ENOMEM;
+	n->own = malloc(n->len);
+	if (!n->own)
+		return -ENOMEM;
+	memcpy(n->own, n->data, n->len);
+	n->data = n->own;
+	t->parked += n->len;
+	return 0;
 }
 
 static void park_drop_all(struct egress *e, uint32_t i)
@@ -213,29 +238,37 @@ static void park_drop_all(struct egress *e, uint32_t i)
 	}
 }
 
-/* Give back what is last in the list until the bounds hold again. It was not acknowledged: the guest resends. */
-static void park_trim(struct egress *e, uint32_t i)
+/* End of a flush: what is left waits for longer than this turn, so it moves out of the arena. What finds no place
+ * is dropped: it was not acknowledged, the guest sends it again. */
+static void park_rest(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct tcp_state *t = e->tcp;
+	struct eg_parked **at = &p->parked;
 
-	while (p->parked && (t->parked[0] > TCP_PARK_SMALL || t->parked[1] > TCP_PARK_LARGE)) {
-		struct eg_parked **at = &p->parked;
-
-		while ((*at)->next)
-			at = &(*at)->next;
+	while (*at) {
 		struct eg_parked *n = *at;
 
-		*at = NULL;
-		node_free(e, p, eg_flow(e, i), n);
-		e->s->c[RN_C_drop_tcp_park_full]++;
+		if (n->buf) {
+			if (node_own(t, n, TCP_PARK_MAX)) {
+				*at = n->next;
+				node_free(e, p, eg_flow(e, i), n);
+				e->s->c[RN_C_drop_tcp_park_full]++;
+				continue;
+			}
+			rn_buf_free(&e->s->pool, n->buf);
+			n->buf = NULL;
+			e->s->c[RN_C_tcp_parked]++;
+		}
+		at = &n->next;
 	}
 }
 
 /**
- * park() - Keep a segment's frame for later
- * Sorted by sequence number; overlaps are cut when the list is flushed, whole duplicates are refused here.
- * Return: 1 kept (the frame is ours now), 0 not.
+ * park() - Put a segment into the flow's list, by sequence number
+ * In-order data of a flow that is not blocked stays in its frame until up_flush() in this turn; what has to wait is
+ * copied. Overlaps are cut when the list is flushed, whole duplicates are refused here.
+ * Return: 1 taken (fr->kept tells whether the frame is ours now), 0 not.
  */
 static int park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, const uint8_t *data, uint32_t len)
 {
@@ -243,17 +276,8 @@ static int park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq,
 	struct tcp_state *t = e->tcp;
 	struct rn_flow *f = eg_flow(e, i);
 	struct eg_parked **at = &p->parked, *n;
-	int cls = fr->buf->cls == RN_LARGE, early = SEQ_GT(seq, f->up.rcv_nxt);
-	uint32_t limit = cls ? TCP_PARK_LARGE : TCP_PARK_SMALL;
+	int early = SEQ_GT(seq, f->up.rcv_nxt), wait = early || (p->flags & F_BLOCKED);
 
-	/* In-order data of a flow that is not blocked is sent within this turn: no bound for it but the burst. A flow
-	 * that has nothing parked yet may not take the last half: those that wait already shall get their holes filled. */
-	if (early && !p->parked)
-		limit /= 2;
-	if (((early || (p->flags & F_BLOCKED)) && t->parked[cls] >= limit) || !t->free_nodes) {
-		e->s->c[RN_C_drop_tcp_park_full]++;
-		return 0;
-	}
 	while (*at && SEQ_LT((*at)->seq, seq))
 		at = &(*at)->next;
 	if (*at && (*at)->seq == seq && (*at)->len >= len) {
@@ -261,15 +285,29 @@ static int park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq,
 		return 0;
 	}
 	n = t->free_nodes;
+	if (!n || (wait && t->nfree <= TCP_NODES_RESERVE)) {
+		e->s->c[RN_C_drop_tcp_park_full]++;
+		return 0;
+	}
 	t->free_nodes = n->next;
-	*n = (struct eg_parked){ .next = *at, .buf = fr->buf, .data = data, .seq = seq, .len = len };
+	t->nfree--;
+	*n = (struct eg_parked){ .next = *at, .data = data, .seq = seq, .len = len };
+	if (!wait) {
+		n->buf = fr->buf;
+		fr->kept = 1;
+	} else if (node_own(t, n, early && !p->parked ? TCP_PARK_MAX / 2 : TCP_PARK_MAX)) {
+		/* Flows that wait already shall get their holes filled: a new one may not take the last half. */
+		n->next = t->free_nodes;
+		t->free_nodes = n;
+		t->nfree++;
+		e->s->c[RN_C_drop_tcp_park_full]++;
+		return 0;
+	} else {
+		e->s->c[RN_C_tcp_parked]++;
+	}
 	*at = n;
-	t->parked[cls]++;
 	f->up.parked += len;
 	p->nparked++;
-	fr->kept = 1;
-	if (early || (p->flags & F_BLOCKED))
-		e->s->c[RN_C_tcp_parked]++;
 	return 1;
 }
 
@@ -359,7 +397,8 @@ static int update_window(struct egress *e, uint32_t i)
 	}
 	/* Bookkeeping takes a part of the buffer: a quarter is an estimate, parking corrects it. */
 	room = p->sndbuf / 4 * 3;
-	room = (room > (uint32_t)out ? room - (uint32_t)out : 0) + TCP_SLACK;
+	room = (room > (uint32_t)out ? room - (uint32_t)out : 0) +
+	       (e->tcp->parked < TCP_PARK_MAX / 4 ? TCP_SLACK : TCP_SLACK_LOW);
 	if (room > limit)
 		room = limit;
 	edge = f->up.rcv_nxt + room;
@@ -555,8 +594,7 @@ static int up_flush(struct egress *e, uint32_t i)
 	}
 	if (f->up.rcv_nxt != start)
 		eg_work(e, i, W_ACK);
-	if (p->flags & F_BLOCKED)
-		park_trim(e, i);
+	park_rest(e, i);
 	check_fin(e, i);
 	return 0;
 }

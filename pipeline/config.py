@@ -27,7 +27,7 @@ Ipv4 = Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$")]
 
 
 class ConfigError(ValueError):
-    """A setting is wrong; the text is one line and names the option or the key."""
+    """A setting is wrong; the text is one line that begins with --option."""
 
 
 def _opt(description: str, flag: str = "", arg: str = "", **bounds: Any) -> Meta:
@@ -83,6 +83,7 @@ class Option(Struct, frozen=True):
     many: bool
     help: str
     default: Any
+    range: str  # "576..65520", or ""
 
 
 def options() -> tuple[Option, ...]:
@@ -95,7 +96,8 @@ def options() -> tuple[Option, ...]:
         extra = meta.extra or {}
         default = f.default if f.default is not msgspec.NODEFAULT else f.default_factory()
         found.append(Option(f.name, f.encode_name, extra["flag"], extra["arg"], get_origin(kind) in (tuple, dict),
-                            meta.description or "", default))
+                            meta.description or "", default,
+                            f"{meta.ge}..{meta.le}" if meta.ge is not None and meta.le is not None else ""))
     return tuple(found)
 
 
@@ -115,6 +117,10 @@ def _plain(error: msgspec.ValidationError) -> tuple[str, str]:
     if unknown := re.search(r"unknown field `([^`]*)`", text):
         return unknown[1], "unknown option"
     key = re.match(r"\.?\[?\W*([\w-]+)", path)
+    if re.match(r"Expected `int` [<>]=", text):
+        for o in options():
+            if key and o.key == key[1] and o.range:
+                return o.key, f"not within {o.range}"
     text = text.replace("`int`", "a whole number").replace("`str`", "text").replace("`bool`", "true or false")
     text = text.replace("`array`", "a list").replace("`object`", "a table").replace(" matching regex", " of the form")
     return key[1] if key else "", text[:1].lower() + text[1:]
@@ -137,7 +143,8 @@ def load_toml(path: str) -> dict[str, Any]:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"--config {path}: {e}") from e
+        why = str(e).replace("at end of document", f"at line {max(1, len(text.splitlines()))}, end of document")
+        raise ConfigError(f"--config {path}: {why}") from e
     try:
         msgspec.convert(data, Settings)
     except msgspec.ValidationError as e:
@@ -205,9 +212,9 @@ def check(s: Settings) -> Settings:
         if a in (network.network_address, network.broadcast_address) and a in network:
             raise ConfigError(f"--{option} {a}: is the network or broadcast address of {network}")
     if address not in network:
-        raise ConfigError(f"--gateway {gateway}: outside the guest's subnet"
-                          f" {ipaddress.IPv4Network(f'{address}/{network.prefixlen}', strict=False)};"
-                          " give --gateway, --address and --netmask of one subnet")
+        guests = ipaddress.IPv4Network(f"{address}/{network.prefixlen}", strict=False)
+        raise ConfigError(f"--gateway {gateway}: outside the subnet {guests} of --address {address}; give --gateway,"
+                          " --address and --netmask of one subnet")
     if address == gateway:
         raise ConfigError(f"--address {address}: is also the gateway's; give another")
     if not re.match(get_mac_pattern(), s.mac):

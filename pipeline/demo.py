@@ -14,12 +14,10 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,13 @@ from typing import Any
 import multiprocess
 from msgspec import Struct
 
+from pipeline.cli import Parser, add_settings, settings_from
 from pipeline.config import DOMAIN, Settings
 from pipeline.messages import Exit
 from pipeline.monitor import stage_facts, stage_table
-from pipeline.netns import GuestError, Line, Tap, Trouble, attach_child, open_target
+from pipeline.netns import GuestError, attach_child, open_target
+from pipeline.runner import Guest as GuestChild
+from pipeline.runner import Stopped, say
 from pipeline.supervisor import Link, Result, Session, SessionError, Signals
 from shm._dataplane import lib
 
@@ -279,30 +280,18 @@ class Guest:
         self.enter = ["nsenter", "-t", str(self.keeper.pid), *(["--user", "--preserve-credentials"] if plain else []),
                       "--net", "--mount", "--"]
 
-    def tap(self, settings: Settings) -> Link:
-        """The guest's interface, not configured. Raises GuestError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def tap(self, settings: Settings, signals: Signals) -> Link:
+        """The guest's interface, not configured. Raises GuestError, Stopped."""
         target = open_target(str(self.keeper.pid))
-        pid = os.fork()
-        if pid == 0:
+        try:
+            maker = GuestChild(lambda ours, theirs: attach_child(ours, theirs, target, settings.ifname, settings.mtu, False))
             try:
-                attach_child(ours, theirs, target, settings.ifname, settings.mtu, False)
-            except BaseException:  # a bug: what the caller would say of it is not enough
-                traceback.print_exc()
+                return Link(fd=maker.tap(signals), kind="tap", vnet=True, name=settings.ifname)
             finally:
-                os._exit(0)
-        theirs.close()
-        os.close(target.netns)
-        os.close(target.pidfd)
-        with ours:
-            got = Line(ours).recv()
-        os.waitpid(pid, 0)
-        match got:
-            case (Tap(), fd):
-                return Link(fd=fd, kind="tap", vnet=True, name=settings.ifname)
-            case (Trouble(text=text), _):
-                raise GuestError(text)
-        raise GuestError("the guest's interface could not be made, and nothing said why")
+                maker.end()
+        finally:
+            os.close(target.netns)
+            os.close(target.pidfd)
 
     def close(self) -> None:
         self.keeper.communicate()  # EOF on its input ends it
@@ -316,19 +305,24 @@ def _die_with_parent() -> None:
 # -- the command -----------------------------------------------------------------------------------------------
 
 
-def main(settings: Settings) -> int:
-    """Run the demo; returns an exit code of ringnet's."""
+def main(argv: list[str]) -> int:
+    """`ringnet demo`: argv without the word; returns the exit code. Raises UsageError, ConfigError."""
+    parser = Parser(prog="ringnet demo", allow_abbrev=False, description=__doc__.splitlines()[0])
+    add_settings(parser)
+    settings = settings_from(parser.parse_args(argv))
     missing = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=_path())})
     if missing:
-        print(f"ringnet: the demo needs: apt-get install {' '.join(missing)} (or run ./tools/ringnet demo)", file=sys.stderr)
+        say(f"the demo needs: apt-get install {' '.join(missing)} (or run ./tools/ringnet demo)")
         return Exit.RUNTIME
     os.environ["PATH"] = _path()
     try:
         with tempfile.TemporaryDirectory(prefix="ringnet-demo-") as tmp, contextlib.ExitStack() as stack:
             return _main(settings, Path(tmp), stack)
+    except Stopped as e:
+        return 128 + e.signum
     except (GuestError, SessionError) as e:
-        print(f"ringnet: {e}", file=sys.stderr)
-        return Exit.RUNTIME
+        say(str(e))
+        return int(getattr(e, "code", Exit.RUNTIME))
 
 
 def _path() -> str:
@@ -336,13 +330,13 @@ def _path() -> str:
 
 
 def _main(settings: Settings, tmp: Path, stack: contextlib.ExitStack) -> int:
+    signals = stack.enter_context(Signals(signal.SIGINT, signal.SIGTERM))
     guest = Guest(tmp)
     stack.callback(guest.close)
-    link = guest.tap(settings)
+    link = guest.tap(settings, signals)
     stack.callback(os.close, link.fd)
     spawn = multiprocess.get_context("spawn")  # fork would copy a half-made session into the helpers
-    session = Session(settings, link=link)
-    signals = stack.enter_context(Signals(signal.SIGINT, signal.SIGTERM))
+    session = Session(settings, link=link, log=say if settings.debug else None, warn=say)
     session.watch(signals.fileno(), lambda: [session.end(s.name, Exit.RUNTIME) for s in signals.take()])
     stack.enter_context(session)
     who = ", ".join(f"{name} {pid}" for name, pid in session.stages().items())
@@ -369,8 +363,7 @@ def _main(settings: Settings, tmp: Path, stack: contextlib.ExitStack) -> int:
 
         session.watch(pipe.fileno(), heard)
     result = session.run()
-    print(f"\nWhat each stage did (counters of the stages themselves; frames include both directions):\n"
-          f"{stage_table(session)}\n")
+    print(f"\nWhat each stage did, by its own counters:\n{stage_table(session)}\n", flush=True)
     return _verdict(session, steps, result)
 
 

@@ -177,11 +177,11 @@ class Channel:
 
         Raises BlockingIOError if none waits, MessageError if it cannot be read (descriptors are closed).
         """
+        ask = PACKET_MAX, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
         try:
-            data, anc, flags, _ = self.sock.recvmsg(
-                PACKET_MAX, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
-        except ConnectionResetError:  # the peer ended with unread messages of ours
-            return None
+            data, anc, flags, _ = self.sock.recvmsg(*ask)
+        except ConnectionResetError:  # the peer ended with unread messages of ours: told once, before what it said
+            data, anc, flags, _ = self.sock.recvmsg(*ask)
         fds = array.array("i")
         for level, kind, body in anc:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -6,8 +6,8 @@ AF_UNIX SOCK_SEQPACKET pair; the conversation and its states are drawn in pipeli
 A stage file has `Config`, `run(cfg, ctx) -> Ended`, and may have `acquire(cfg, ctx)`, which takes what needs
 rights: after it the process has no capabilities and cannot gain any (no_new_privs), then run() starts.
 
-Signals: SIGINT is ignored (a terminal sends it to the whole group; the supervisor decides), SIGTERM raises
-Terminated in run(). The process is killed if the supervisor's thread that forked it ends.
+Signals: SIGINT, SIGQUIT and SIGHUP are ignored (a terminal sends them to the whole group; the supervisor decides),
+SIGTERM raises Terminated in run(). The process is killed if the supervisor's thread that forked it ends.
 """
 from __future__ import annotations
 
@@ -278,8 +278,8 @@ def main(argv: list[str]) -> int:
     name = argv[0]
     lib.rn_os_pdeathsig(signal.SIGKILL)
     lib.rn_os_set_name(f"rn-{name}".encode())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    for s in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_term)
     try:
         sock = socket.socket(fileno=int(argv[2]))

@@ -205,7 +205,7 @@ class Memory:
 class Signals:
     """Signals as events: handlers only queue, the loop asks. `with Signals(...) as s: session.watch(s.fileno(), ...)`.
 
-    Main thread only. Restores the old handlers.
+    One that was ignored stays so (nohup, a shell's background job). Main thread only. Restores the old handlers.
     """
 
     def __init__(self, *wanted: signal.Signals) -> None:
@@ -217,7 +217,8 @@ class Signals:
         self._r.setblocking(False)
         self._w.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._w.fileno(), warn_on_full_buffer=False)
-        self._old = {s: signal.signal(s, lambda n, _: self._queue.append(signal.Signals(n))) for s in self._wanted}
+        self._old = {s: signal.signal(s, lambda n, _: self._queue.append(signal.Signals(n))) for s in self._wanted
+                     if signal.getsignal(s) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -316,6 +317,11 @@ class Session:
         """Ask for the end: poll() returns False from now on. The first call counts."""
         if self._request is None:
             self._request = (code, reason)
+
+    @property
+    def ending(self) -> bool:
+        """Asked to end, or broken."""
+        return self._request is not None or self._failure is not None
 
     def hurry(self) -> None:
         """No patience any more (a second ^C): drains under way and to come end at once."""

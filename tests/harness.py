@@ -451,6 +451,12 @@ class EgressOnly(Guest):
 
     # -- guest_rx's end
 
+    def waiting(self) -> int:
+        """Frames on the ring that nobody has taken."""
+        n = lib.rn_ring_peek(self._rx, 65535)
+        _ok(n)
+        return n
+
     def take(self, most: int = 1024) -> int:
         """Take so many frames off the ring at most; returns how many there were. recv_frame() then has them."""
         n = lib.rn_ring_peek(self._rx, most)

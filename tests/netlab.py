@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -189,6 +190,13 @@ class Program:
             why = f"ended with {self.process.wait(1)}" if self.pidfd in ready else f"nothing in {timeout} s"
             raise AssertionError(f"{what}: {why}: {self.argv}\n{self.output()}")
 
+    def wait_word(self, fd: int, what: str) -> str:
+        """What the process says on fd (one read). Fails if it ends without a word."""
+        self.wait_readable(fd, what)
+        if not (word := os.read(fd, 4096)):
+            raise AssertionError(f"{what}: closed without a word: {self.argv}\n{self.output()}")
+        return word.decode().strip()
+
     def end(self, sig: int = signal.SIGTERM, timeout: float = DEADLINE) -> int:
         if self.process.poll() is None:
             self.process.send_signal(sig)
@@ -223,9 +231,7 @@ class Attached(Program):
             super().__init__(host.argv(*argv, *options), log, pass_fds=(told, held))
             os.close(told)
             told = -1
-            self.wait_readable(ready, "no word of being ready")
-            if not os.read(ready, 16):
-                raise AssertionError(f"ended before it was ready ({self.wait()}):\n{self.output()}")
+            self.wait_word(ready, "not ready")
         except BaseException:
             if hasattr(self, "pidfd"):
                 super().__exit__()
@@ -286,21 +292,20 @@ def shm_objects() -> set[str]:
 def serving(listener: socket.socket, serve: Callable[[socket.socket], None]) -> Iterator[tuple[str, int]]:
     """Call serve(connection) in a thread for each connection until the block ends; yields the address.
 
-    What `serve` raises is raised at the end of the block, except that the peer went away.
+    At the end every call is waited for, so the client must have closed by then. What `serve` raises is raised here,
+    except that the peer went away.
     """
     errors: list[BaseException] = []
-    open_now: set[socket.socket] = set()
+    threads: list[threading.Thread] = []
 
     def one(connection: socket.socket) -> None:
         try:
             with connection:
                 serve(connection)
-        except (ConnectionError, BrokenPipeError):
+        except ConnectionError:
             pass
         except BaseException as error:
             errors.append(error)
-        finally:
-            open_now.discard(connection)
 
     def accept() -> None:
         while True:
@@ -309,23 +314,24 @@ def serving(listener: socket.socket, serve: Callable[[socket.socket], None]) -> 
             except OSError:
                 return  # shut down below
             connection.settimeout(DEADLINE)
-            open_now.add(connection)
-            threading.Thread(target=one, args=(connection,), daemon=True).start()
+            threads.append(threading.Thread(target=one, args=(connection,), daemon=True))
+            threads[-1].start()
 
     listener.settimeout(None)
     address = listener.getsockname()
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
+    acceptor = threading.Thread(target=accept, daemon=True)
+    acceptor.start()
     try:
         yield address
     finally:
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        thread.join()
+        acceptor.join()
         listener.close()
-        for connection in list(open_now):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+    for thread in threads:  # not if the test has failed already
+        thread.join(DEADLINE)
+        if thread.is_alive():
+            errors.append(AssertionError("a server still waits for its client, which closed"))
     if errors:
         raise errors[0]
 
@@ -369,18 +375,13 @@ class PlainUser:
         keep = shutil.ignore_patterns("__pycache__", "*.c", "*.o")
         for package in ("pipeline", "shm"):
             shutil.copytree(REPO / package, site / package, ignore=keep)
-        import cffi
-        import msgspec
-        import multiprocess
-        import posix_ipc
-
-        for module in (cffi, msgspec, multiprocess, posix_ipc):
-            copy_distribution(module.__name__, site)
+        for distribution in ("cffi", "msgspec", "multiprocess", "posix_ipc"):
+            copy_distribution(distribution, site)
         sh("chmod", "-R", "a+rX,go-w", self.tree)
 
     def argv(self, *argv: str | os.PathLike[str], tun: bool = True, before: str = "") -> list[str]:
         """Command line that runs `argv` as the user. `before`: shell commands run as root in the namespace."""
-        setup = ["set -e", "mount --make-rprivate /", f"mount --bind {self.tree} {self.MOUNT}",
+        setup = ["set -e", "mount --make-rprivate /", f"mount --bind {shlex.quote(str(self.tree))} {self.MOUNT}",
                  "mount -t tmpfs -o mode=1777 tmpfs /tmp"]
         if tun:
             setup += ["mount -t tmpfs -o mode=755,dev tmpfs /dev/net", "mknod -m 0666 /dev/net/tun c 10 200",

@@ -26,7 +26,7 @@ REPO = Path(__file__).resolve().parent.parent
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
 DECLARATIONS = frozenset({"topology", "config", "messages"})
 COMMANDS = frozenset({"cli", "demo"})
-CONTROL = frozenset({"supervisor", "monitor", "netns", "netlink", "dhcp_client"})
+CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client"})
 
 
 def layer(module: str) -> str:

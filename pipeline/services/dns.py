@@ -621,6 +621,8 @@ class _Stream:
                 if not self._forwarder.query(message, self._answer, stream=True):
                     self.close()  # not a query at all: whoever sends that cannot be trusted to frame messages
                     return
+                if self._full:
+                    self._flush()  # makes room for what was read already: no event would tell of that
             if self._out and not self._closed:
                 self._flush()
         except OSError:

@@ -48,16 +48,16 @@ def test_the_pid_file(attach: Callable[..., Attached], tmp_path: Path) -> None:
 def test_a_process_names_the_namespace(host_ns: Netns, tmp_path: Path) -> None:
     """PID instead of a path, as slirp4netns takes it."""
     r, w = os.pipe()
-    with Program(["unshare", "--net", "sh", "-c", f"echo up >&{w}; exec sleep 1000"], tmp_path / "sleep.log",
+    with Program(["unshare", "--net", "sh", "-c", f"echo up >/dev/fd/{w}; exec sleep 1000"], tmp_path / "sleep.log",
                  pass_fds=(w,)) as target:
         os.close(w)
-        target.wait_readable(r, "no namespace")
+        target.wait_word(r, "no namespace")
         os.close(r)
         ready, told = os.pipe()
         with Program(host_ns.argv(*RINGNET, "attach", str(target.pid), "--tap", "eth7", "--config-net", "--ready-fd",
                                   str(told)), tmp_path / "attach.log", pass_fds=(told,)) as session:
             os.close(told)
-            session.wait_readable(ready, "not ready")
+            assert session.wait_word(ready, "not ready") == "1"
             os.close(ready)
             out = subprocess.run(["nsenter", "-t", str(target.pid), "-n", "ip", "-4", "addr", "show", "dev", "eth7"],
                                  capture_output=True, text=True, check=True, env=run_env()).stdout

@@ -72,10 +72,10 @@ def test_the_commands_input_and_output_are_the_callers(ringnet) -> None:
 
 def test_ps_shows_one_process_a_stage_by_name(host_ns: Netns, tmp_path: Path) -> None:
     r, w = os.pipe()
-    with Program(host_ns.argv(*RINGNET, "run", "--", "sh", "-c", f"echo here >&{w}; exec sleep 1000"),
+    with Program(host_ns.argv(*RINGNET, "run", "--", "sh", "-c", f"echo here >/dev/fd/{w}; exec sleep 1000"),
                  tmp_path / "run.log", pass_fds=(w,)) as session:
         os.close(w)
-        session.wait_readable(r, "the command did not start")
+        session.wait_word(r, "the command did not start")
         os.close(r)
         out = sh("ps", "-o", "comm=,args=", "--ppid", str(session.pid)).stdout
     lines = [line.split() for line in out.splitlines() if " stage " in line]
@@ -108,11 +108,11 @@ def test_hosts_and_search_options(host_ns: Netns) -> None:
 
 
 def test_own_addresses(host_ns: Netns, port: int) -> None:
-    script = f"ip -4 addr; ip route; ip neigh; ip link; curl -sf http://{HOST_NAME}:{port}/"
+    script = f"curl -sf http://{HOST_NAME}:{port}/; ip -4 addr; ip route; ip neigh; ip link"
     out = sh(*host_ns.argv(*RINGNET, "run", "-a", "172.20.5.9", "-n", "20", "-g", "172.20.0.1", "--mac",
                            "02:00:00:00:00:99", "-m", "1500", "--", "sh", "-c", script), env=run_env()).stdout
     assert "inet 172.20.5.9/20" in out
     assert "default via 172.20.0.1" in out
     assert "mtu 1500" in out
     assert "02:00:00:00:00:99" in out.lower()
-    assert out.endswith(PAGE)
+    assert out.startswith(PAGE)

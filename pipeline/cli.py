@@ -1,0 +1,162 @@
+"""The command line: `ringnet run | attach | demo | stage`. Parses, checks, calls; options come from pipeline.config.
+
+Wrong usage is one line and exit 2; what only running shows is one line and exit 1 (pipeline.messages.Exit).
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.config import ConfigError, Settings, load_toml, make, options
+from pipeline.messages import Exit
+
+EPILOG = """exit status: 0 fine; 1 it could not be set up; 2 usage; 70 a stage died, 71 a stage failed, 72 a stage did not
+start. `ringnet run` otherwise ends with the command's own status (128 + n if signal n ended it)."""
+
+
+class UsageError(Exception):
+    """One line about the command line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def version() -> str:
+    """From the installed package, or from the checkout's pyproject.toml."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if pyproject.exists():
+        import tomllib
+
+        return str(tomllib.loads(pyproject.read_text())["project"]["version"])
+    try:
+        return installed("ringnet")
+    except PackageNotFoundError:
+        return "0"
+
+
+def add_settings(parser: argparse.ArgumentParser, *, tap: bool = False) -> None:
+    """Every option of Settings, and --config. tap: --tap means --ifname."""
+    parser.add_argument("--config", metavar="FILE.toml", default="",
+                        help="read these options from a file; keys are the long names, flags win over it")
+    for o in options():
+        names = ([f"-{o.flag}"] if o.flag else []) + [f"--{o.key}"] + (["--tap"] if tap and o.name == "ifname" else [])
+        default = "" if o.default in ("", (), {}, False) else f" (default {o.default})"
+        kind: dict[str, Any] = {"action": "store_true"} if not o.arg else {"metavar": o.arg}
+        if o.many:
+            kind["action"] = "append"
+        parser.add_argument(*names, dest=o.key, default=argparse.SUPPRESS, help=o.help + default, **kind)
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Settings from a parsed command line and its --config file. Raises ConfigError."""
+    given = {o.key: getattr(args, o.key) for o in options() if hasattr(args, o.key)}
+    if "hosts" in given:
+        given["hosts"] = hosts_table(given["hosts"])
+    from_file = load_toml(args.config) if args.config else {}
+    try:
+        return make(from_file | given)
+    except ConfigError as e:
+        key = str(e).removeprefix("--").split()[0].rstrip(":")
+        if key in from_file and key not in given:
+            raise ConfigError(f"--config {args.config}: {str(e).removeprefix('--')}") from e
+        raise
+
+
+def hosts_table(pairs: list[str]) -> dict[str, list[str]]:
+    """NAME=IP[,IP...], repeated. Raises ConfigError."""
+    table: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, equals, addresses = pair.partition("=")
+        if not (name and equals and addresses):
+            raise ConfigError(f"--hosts {pair}: expected NAME=IP, like db.internal=192.0.2.7")
+        table.setdefault(name, []).extend(addresses.split(","))
+    return table
+
+
+def descriptor(option: str, text: str) -> int:
+    """A descriptor we were started with. Raises UsageError."""
+    try:
+        fd = int(text)
+        os.fstat(fd)
+    except (ValueError, OverflowError):
+        raise UsageError(f"ringnet attach: --{option} {text}: not a descriptor number") from None
+    except OSError:
+        raise UsageError(f"ringnet attach: --{option} {text}: not an open descriptor") from None
+    return fd
+
+
+def parser() -> Parser:
+    top = Parser(prog="ringnet", allow_abbrev=False, epilog=EPILOG,
+                 description="User-mode networking for a guest: a process a stage, shared-memory rings between them.")
+    top.add_argument("--version", action="version", version=f"ringnet {version()}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    run = commands.add_parser("run", allow_abbrev=False, epilog=EPILOG, help="run a command in a new guest namespace",
+                              usage="ringnet run [options] [--] [CMD ...]",
+                              description="Make a guest namespace, configure it by DHCP through the pipeline, run CMD"
+                                          " ($SHELL if none) in it. No root needed.")
+    add_settings(run)
+    run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD ...", help="command and its arguments")
+    attach = commands.add_parser("attach", allow_abbrev=False, epilog=EPILOG, help="serve an existing network namespace",
+                                 description="Make a tap in an existing network namespace and serve it, in the"
+                                             " foreground, until a signal, --exit-fd or the process's end.")
+    attach.add_argument("target", metavar="PID|NETNS-PATH", help="a process in the namespace, or /run/netns/NAME")
+    attach.add_argument("--config-net", action="store_true", help="set address, route and link up before being ready")
+    attach.add_argument("--ready-fd", metavar="N", help="write 1 to this descriptor when ready, then close it")
+    attach.add_argument("--exit-fd", metavar="N", help="end when this descriptor is readable or closed by its peer")
+    add_settings(attach, tap=True)
+    demo = commands.add_parser("demo", add_help=False, help="show the main job with nothing but this machine")
+    demo.add_argument("rest", nargs=argparse.REMAINDER)
+    commands.add_parser("stage", help="one stage alone, as the supervisor starts it: stage NAME --control-fd N")
+    return top
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    try:
+        if argv[:1] == ["demo"]:
+            from pipeline.demo import main as demo
+
+            return int(demo(argv[1:]))
+        ours, command = argv, []
+        if "--" in argv:
+            cut = argv.index("--")
+            ours, command = argv[:cut], argv[cut + 1:]
+            if ours[:1] != ["run"]:
+                raise UsageError("ringnet: only run takes a command after -- (see ringnet run --help)")
+        if not argv:
+            raise UsageError("ringnet: say what to do: run, attach or demo (see ringnet --help)")
+        args = parser().parse_args(ours)
+        settings = settings_from(args)
+        if args.command == "run":
+            if args.cmd and command:
+                raise UsageError(f"ringnet run: {args.cmd[0]} before -- is no option (see ringnet run --help)")
+            from pipeline.netns import shell
+            from pipeline.runner import run
+
+            return run(settings, command or args.cmd or shell())
+        ready = descriptor("ready-fd", args.ready_fd) if args.ready_fd is not None else -1
+        end = descriptor("exit-fd", args.exit_fd) if args.exit_fd is not None else -1
+        from pipeline.runner import attach
+
+        return attach(settings, args.target, config_net=args.config_net, ready_fd=ready, exit_fd=end)
+    except UsageError as e:
+        print(e, file=sys.stderr)
+        return int(Exit.USAGE)
+    except ConfigError as e:
+        text = str(e)
+        if argv[0] == "attach" and "--tap" in argv:  # the same option by its other name
+            text = text.replace("--ifname", "--tap", 1)
+        print(f"ringnet {argv[0]}: {text}", file=sys.stderr)
+        return int(Exit.USAGE)
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,361 @@
+"""`ringnet run` and `ringnet attach`: a guest's namespace and a session tied together, and nothing left behind.
+
+Both fork a child that makes or enters the guest's namespace (pipeline/netns.py), take the tap from it, start the
+session, tell the child to go on, and then serve until the first of: the command ended, a signal, the exit
+descriptor, the target process, a stage. The child never outlives this process.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline import monitor
+from pipeline.config import Settings
+from pipeline.messages import Exit
+from pipeline.netns import (
+    SIGNALS,
+    Configured,
+    Finished,
+    Forward,
+    Go,
+    GuestError,
+    Line,
+    Said,
+    Spawned,
+    Tap,
+    Trouble,
+    attach_child,
+    guest,
+    open_target,
+)
+from pipeline.supervisor import Link, Result, Session, SessionError, Signals, describe_status
+
+TERM_GRACE = 5.0  # s the command has after a SIGTERM or SIGHUP was passed on to it
+END_GRACE = 5.0  # s the guest's init has to end its processes
+TAP_DEADLINE = 30.0  # s for making namespaces and a tap, on a busy machine
+
+
+def say(text: str) -> None:
+    print(f"ringnet: {text}", file=sys.stderr, flush=True)
+
+
+class Guest:
+    """The child on the guest's side: a process, its pidfd, and the line to it."""
+
+    def __init__(self, body: Callable[[socket.socket, socket.socket], None]) -> None:
+        """Fork; `body(ours, theirs)` is the child's whole life (ours: the end it must close)."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(body, ours, theirs)
+        theirs.close()
+        self.line = Line(ours)
+        self.pidfd = os.pidfd_open(self.pid)
+        self.contained: bool | None = None  # None: no command yet
+
+    @staticmethod
+    def _child(body: Callable[[socket.socket, socket.socket], None], ours: socket.socket, theirs: socket.socket
+               ) -> NoReturn:
+        try:
+            body(ours, theirs)
+            os._exit(0)
+        except BaseException:  # a bug; never back into the parent's code
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        finally:
+            os._exit(1)
+
+    def tap(self, signals: Signals) -> int:
+        """Wait for the tap. Raises GuestError, Stopped."""
+        poll = select.poll()
+        poll.register(self.line, select.POLLIN)
+        poll.register(signals, select.POLLIN)
+        while True:
+            ready = poll.poll(TAP_DEADLINE * 1000)
+            if not ready:
+                raise GuestError(f"the guest's namespace was not made within {TAP_DEADLINE:g} s")
+            if any(fd == signals.fileno() for fd, _ in ready) and (got := signals.take()):
+                raise Stopped(got[0])
+            if any(fd == self.line.fileno() for fd, _ in ready):
+                match self.line.recv():
+                    case (Tap(), fd):
+                        return fd
+                    case (Trouble(text=text), _):
+                        raise GuestError(text)
+                    case None:
+                        raise GuestError(f"the guest's process ended early: {self._status()}")
+
+    def _status(self) -> str:
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return describe_status(os.waitstatus_to_exitcode(status))
+
+    def end(self) -> None:
+        """See it gone. A running command gets SIGKILL from its init, which sees our end of the line close."""
+        self.line.sock.close()
+        if self.pid:
+            grace = END_GRACE if self.contained is not None else 0.0
+            if not select.select([self.pidfd], [], [], grace)[0]:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+        os.close(self.pidfd)
+
+
+class Stopped(Exception):
+    """A signal came before there was anything to end."""
+
+    def __init__(self, signum: signal.Signals) -> None:
+        super().__init__(signum.name)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def _pid_file(path: str) -> Iterator[None]:
+    """Our process id in a file, for as long as we serve. Raises SessionError."""
+    if path:
+        try:
+            Path(path).write_text(f"{os.getpid()}\n")
+        except OSError as e:
+            raise SessionError(Exit.RUNTIME, f"--pid {path}: {e.strerror}") from e
+    try:
+        yield
+    finally:
+        if path:
+            Path(path).unlink(missing_ok=True)
+
+
+def _session(settings: Settings, tap: int) -> Session:
+    link = Link(fd=tap, kind="tap", vnet=True, name=settings.ifname)
+    return Session(settings, link=link, log=say if settings.debug else None, warn=say)
+
+
+def _report(settings: Settings, session: Session) -> None:
+    if settings.debug or settings.stats:
+        print(monitor.stage_table(session), file=sys.stderr, flush=True)
+
+
+def _failed(result: Result) -> bool:
+    """Say why a session ended that nobody asked to end."""
+    if result.code is not Exit.OK:
+        say(result.reason)
+    return result.code is not Exit.OK
+
+
+def _on_terminal() -> bool:
+    """Are we in the foreground of a terminal? Then ^C reached the command as well as us."""
+    try:
+        tty = os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(tty) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(tty)
+
+
+class Run:
+    """`ringnet run`: a guest of our own, and a command in it."""
+
+    def __init__(self, settings: Settings, argv: list[str]) -> None:
+        self.settings, self.argv = settings, argv
+        self.status: int | None = None  # the command's, once it ended; or what we end with instead
+        self.kill_at: float | None = None  # CLOCK_MONOTONIC, s: patience with a command told to end
+        self.fallback = 0  # status if it runs out
+
+    def main(self) -> int:
+        ignored = frozenset(s for s in SIGNALS if signal.getsignal(s) == signal.SIG_IGN)
+        s = self.settings
+        with Signals(*SIGNALS) as signals, contextlib.ExitStack() as stack:
+            self.signals = signals
+
+            def body(ours: socket.socket, theirs: socket.socket) -> None:
+                ours.close()
+                guest(theirs, s.ifname, s.mtu, self.argv, ignored)
+
+            self.guest = Guest(body)
+            stack.callback(self.guest.end)
+            try:
+                tap = self.guest.tap(signals)
+                with _closing(tap):
+                    self.session = _session(s, tap)
+                    self.session.watch(signals.fileno(), self._signalled)
+                    self.session.watch(self.guest.line.fileno(), self._heard)
+                    self.session.start()
+                stack.callback(self.session.close)
+                stack.callback(self.session.stop)
+                stack.enter_context(_pid_file(s.pid))
+                self.guest.line.send(Go())
+                result = self._serve()
+            except Stopped as e:
+                return 128 + e.signum
+            except (GuestError, SessionError) as e:
+                if self.status is not None:  # a signal ended the start
+                    return self.status
+                say(str(e))
+                return int(getattr(e, "code", Exit.RUNTIME))
+            _report(s, self.session)
+            if _failed(result):
+                return int(result.code)
+            return self.status if self.status is not None else int(Exit.RUNTIME)
+
+    def _serve(self) -> Result:
+        while True:
+            left = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
+            if not self.session.poll(left):
+                return self.session.stop()
+            if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                self.session.end("the command did not end when told to")
+                self.status = self.fallback
+
+    def _heard(self) -> None:
+        got = self.guest.line.recv()
+        if got is None:
+            self.session.unwatch(self.guest.line.fileno())
+            if self.status is None:
+                self.session.end("the guest's processes were killed", Exit.RUNTIME)
+            return
+        match got[0]:
+            case Configured() as c:
+                self._configured(c)
+            case Spawned(contained=contained):
+                self.guest.contained = contained
+            case Finished(status=status):
+                self.status = status
+                self.session.end("the command ended")
+            case Trouble(text=text):
+                self.status = int(Exit.RUNTIME)
+                self.session.end(text, Exit.RUNTIME)
+
+    def _configured(self, c: Configured) -> None:
+        if self.settings.debug:
+            say(f"guest has {c.address}, router {c.router}, DNS {' '.join(c.dns)}")
+        if c.note and not self.settings.quiet:
+            say(c.note)
+
+    def _signalled(self) -> None:
+        for signum in self.signals.take():
+            if self.guest.contained is None:  # no command yet
+                self.status = 128 + signum
+                self.session.end(f"{signum.name}")
+            elif signum in (signal.SIGINT, signal.SIGQUIT) and _on_terminal():
+                continue  # the command has it from the terminal, and decides
+            elif self.kill_at is not None:  # told twice
+                self.status = 128 + signum
+                self.session.end(f"{signum.name} again")
+            else:
+                with contextlib.suppress(BrokenPipeError):
+                    self.guest.line.send(Forward(signum=signum))
+                if signum in (signal.SIGTERM, signal.SIGHUP):
+                    self.kill_at = time.monotonic() + TERM_GRACE
+                    self.fallback = 128 + signum
+
+
+def run(settings: Settings, argv: list[str]) -> int:
+    """`ringnet run`; returns the exit code."""
+    return Run(settings, argv).main()
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+class Attach:
+    """`ringnet attach`: serve an existing network namespace in the foreground."""
+
+    def __init__(self, settings: Settings, target: str, *, config_net: bool, ready_fd: int, exit_fd: int) -> None:
+        self.settings, self.text = settings, target
+        self.config_net, self.ready_fd, self.exit_fd = config_net, ready_fd, exit_fd
+
+    def main(self) -> int:
+        s = self.settings
+        with Signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals, contextlib.ExitStack() as stack:
+            self.signals = signals
+            try:
+                target = open_target(self.text)
+                stack.callback(os.close, target.netns)
+                self.guest = Guest(lambda ours, theirs: attach_child(ours, theirs, target, s.ifname, s.mtu,
+                                                                     self.config_net))
+                stack.callback(self.guest.end)
+                tap = self.guest.tap(signals)
+                with _closing(tap):
+                    self.session = _session(s, tap)
+                    self.session.watch(signals.fileno(), self._signalled)
+                    if target.pidfd >= 0:
+                        stack.callback(os.close, target.pidfd)
+                        self.session.watch(target.pidfd, lambda: self.session.end(f"process {self.text} ended"))
+                    if self.exit_fd >= 0:
+                        self._watch_exit_fd()
+                    self.session.start()
+                stack.callback(self.session.close)
+                stack.callback(self.session.stop)
+                stack.enter_context(_pid_file(s.pid))
+                if self.config_net:
+                    self.session.watch(self.guest.line.fileno(), self._heard)
+                    self.guest.line.send(Go())
+                else:
+                    self._ready()
+                result = self.session.run()
+            except Stopped:
+                return int(Exit.OK)
+            except (GuestError, SessionError) as e:
+                code = getattr(e, "code", Exit.RUNTIME)
+                if code is not Exit.OK:  # else a signal or the exit descriptor ended the start
+                    say(str(e))
+                return int(code)
+            _report(s, self.session)
+            _failed(result)
+            return int(result.code)
+
+    def _watch_exit_fd(self) -> None:
+        try:
+            self.session.watch(self.exit_fd, lambda: self.session.end("exit descriptor closed"))
+        except PermissionError:  # epoll(7): a regular file is always readable
+            raise SessionError(Exit.RUNTIME, f"--exit-fd {self.exit_fd}: is a file; give a pipe or a socket") from None
+
+    def _signalled(self) -> None:
+        for signum in self.signals.take():
+            if self.session.ending:
+                self.session.hurry()
+            self.session.end(signum.name)
+
+    def _heard(self) -> None:
+        got: tuple[Said, int] | None = self.guest.line.recv()
+        self.session.unwatch(self.guest.line.fileno())
+        match got:
+            case (Configured(address=address, router=router), _):
+                if self.settings.debug:
+                    say(f"{self.settings.ifname} has {address}, router {router}")
+                self._ready()
+            case (Trouble(text=text), _):
+                self.session.end(text, Exit.RUNTIME)
+            case _:
+                self.session.end("the process that configures the namespace was killed", Exit.RUNTIME)
+
+    def _ready(self) -> None:
+        if self.ready_fd >= 0:
+            with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+                os.write(self.ready_fd, b"1")
+            os.close(self.ready_fd)
+            self.ready_fd = -1
+
+
+def attach(settings: Settings, target: str, *, config_net: bool, ready_fd: int = -1, exit_fd: int = -1) -> int:
+    """`ringnet attach`; returns the exit code."""
+    return Attach(settings, target, config_net=config_net, ready_fd=ready_fd, exit_fd=exit_fd).main()
