@@ -6,10 +6,7 @@
 
 #define ARP_FRAME_LEN (RN_ETH_HLEN + RN_ARP_LEN)
 
-/* RN_V_ARP: arp_reply() is to be sent; RN_V_ARP_IGNORED; RN_V_BAD_ARP. @v: whole frame of EtherType ARP. */
-enum rn_verdict arp_parse(const struct rn_view *v, const struct classify_config *cfg);
-
-/* Write the ARP_FRAME_LEN bytes of the answer to @request, of which arp_parse() said RN_V_ARP. */
+/* Write the ARP_FRAME_LEN bytes of the answer to @request, whose verdict was RN_V_ARP. */
 void arp_reply(uint8_t *out, const struct rn_view *request, const struct classify_config *cfg);
 
 /* CFFI BEGIN */

@@ -27,6 +27,7 @@ struct egress_config {
 };
 int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, const struct egress_config *cfg);
 int stage_egress_step(struct rn_stage *s, int timeout_ms, uint64_t now_ns); /* for tests */
+uint64_t stage_egress_due(struct rn_stage *s); /* for tests: when the loop would wake for a timer, ns */
 uint64_t stage_egress_siphash(uint64_t key0, uint64_t key1, const void *data, uint64_t len);
 /* CFFI END */
 

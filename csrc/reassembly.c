@@ -250,9 +250,9 @@ enum ra_result reassembly_add(struct reassembly *r, uint64_t now, const struct r
 
 	switch (map_look(e, first, last)) {
 	case 1:
-		/* The bitmap counts in units; the last fragment may end inside one, and end <= top holds it. */
-		if (end > e->top || memcmp(e->block + RA_DATA_OFF + off, data, len) ||
-		    (!p->frag_more && e->total != end))
+		/* The bitmap counts in units and a last fragment may end inside one; but then the end is known,
+		 * and nothing past it came this far. So all these bytes have been written. */
+		if (memcmp(e->block + RA_DATA_OFF + off, data, len) || (!p->frag_more && e->total != end))
 			goto refuse;
 		r->stat.duplicates++;
 		return RA_HELD;

@@ -22,7 +22,6 @@
 
 #include <errno.h>
 
-#include "arp.h"
 #include "rn_csum.h"
 #include "rn_session.h"
 
@@ -366,6 +365,24 @@ static enum rn_verdict parse_ip4(const struct rn_view *frame, const struct rn_vn
 	}
 }
 
+/* RFC 826, Ethernet/IPv4. Only a request for the gateway's address gets an answer (arp.c says why). */
+static enum rn_verdict parse_arp(const struct rn_view *v, const struct classify_config *cfg)
+{
+	const uint8_t *arp = rn_view_get(v, RN_ETH_HLEN, RN_ARP_LEN);
+
+	if (!arp || rn_get16(arp + RN_ARP_HTYPE) != RN_ARP_ETHERNET ||
+	    rn_get16(arp + RN_ARP_PTYPE) != RN_ETHERTYPE_IPV4 || arp[RN_ARP_HLEN] != 6 || arp[RN_ARP_PLEN] != 4)
+		return RN_V_BAD_ARP;
+	if (arp[RN_ARP_SHA] & 1) /* the reply would go to a group */
+		return RN_V_BAD_ARP;
+	if (rn_get16(arp + RN_ARP_OP) != RN_ARP_REQUEST || memcmp(arp + RN_ARP_TPA, cfg->gateway4, 4))
+		return RN_V_ARP_IGNORED;
+	/* Sender and target both the gateway: an announcement (RFC 5227 2.3) of what is not the guest's. */
+	if (!memcmp(arp + RN_ARP_SPA, cfg->gateway4, 4))
+		return RN_V_ARP_IGNORED;
+	return RN_V_ARP;
+}
+
 enum rn_verdict rn_parse_frame(const struct rn_view *v, const struct rn_vnet_hdr *vnet,
 			       const struct classify_config *cfg, struct rn_parsed *out)
 {
@@ -384,7 +401,7 @@ enum rn_verdict rn_parse_frame(const struct rn_view *v, const struct rn_vnet_hdr
 	case RN_ETHERTYPE_IPV4:
 		return parse_ip4(v, vnet, cfg, out);
 	case RN_ETHERTYPE_ARP:
-		return arp_parse(v, cfg);
+		return parse_arp(v, cfg);
 	case RN_ETHERTYPE_VLAN:
 	case RN_ETHERTYPE_QINQ:
 		return RN_V_VLAN;

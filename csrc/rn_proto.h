@@ -100,6 +100,18 @@ static inline void rn_put32(uint8_t *p, uint32_t v)
 
 /* ARP (RFC 826), Ethernet/IPv4: 28 bytes */
 #define RN_ARP_LEN 28u
+#define RN_ARP_HTYPE 0
+#define RN_ARP_PTYPE 2
+#define RN_ARP_HLEN 4
+#define RN_ARP_PLEN 5
+#define RN_ARP_OP 6
+#define RN_ARP_SHA 8
+#define RN_ARP_SPA 14
+#define RN_ARP_THA 18
+#define RN_ARP_TPA 24
+#define RN_ARP_ETHERNET 1u /* IANA ARP parameters: hardware type */
+#define RN_ARP_REQUEST 1u
+#define RN_ARP_REPLY 2u
 
 /* virtio-net header (virtio 1.2 5.1.6): flags 0, gso_type 1, hdr_len 2, gso_size 4, csum_start 6,
  * csum_offset 8, num_buffers 10; little-endian as the link is told to use (TUNSETVNETLE). */

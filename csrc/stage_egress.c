@@ -1058,6 +1058,11 @@ int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, cons
 	return 0;
 }
 
+uint64_t stage_egress_due(struct rn_stage *s)
+{
+	return egress_deadline(s);
+}
+
 /**
  * stage_egress_step() - For tests: one turn without a loop, at a time of the caller's choice
  * @s:			Stage after stage_egress_init()

@@ -1,7 +1,8 @@
 /* stage_guest_rx.c - frames for the guest: from the rings of all who write to it, onto the link.
  *
- * Fairness: each turn serves every input once, at most BURST frames, and begins with another one each time.
- * A bulk download through egress does not keep an ARP or DNS reply waiting longer than one burst.
+ * Fairness: each turn serves every input once, at most BURST frames, and begins behind the one it began with
+ * last time, so that all get their turn also on a link that takes a few frames at a time. A bulk download
+ * through egress does not keep an ARP or DNS reply waiting longer than one burst.
  *
  * Lossless: when the link says EAGAIN the frame stays at the head of its ring, no input is read, and the
  * rings fill towards those who write: they stop reading their sockets. EPOLLOUT goes on. What the link
@@ -115,7 +116,7 @@ static int write_one(struct rn_stage *s, struct stage_guest_rx *g, const struct 
 static int guest_rx_turn(struct rn_stage *s)
 {
 	struct stage_guest_rx *g = s->priv;
-	uint32_t start = s->nin ? s->next_in++ % s->nin : 0;
+	uint32_t start = s->next_in;
 	int did = 0, err = 0;
 
 	for (uint32_t j = 0; j < s->nin && !g->blocked; j++) {
@@ -136,6 +137,10 @@ static int guest_rx_turn(struct rn_stage *s)
 		rn_ring_consume(&s->in[i], k);
 		while (g->nspent)
 			rn_buf_free(&s->pool, g->spent[--g->nspent]);
+		/* Next time the one behind the first that got its turn. Not one further each turn: with a link that
+		 * takes a few frames and then says EAGAIN, idle turns would fall into step and starve an input. */
+		if (!did)
+			s->next_in = (i + 1) % s->nin;
 		did += (int)k;
 	}
 	/* Frames wait, but for the link: neighbours need not wake us. */

@@ -135,9 +135,9 @@ def _pid_file(path: str) -> Iterator[None]:
             Path(path).unlink(missing_ok=True)
 
 
-def _session(settings: Settings, tap: int) -> Session:
+def _session(settings: Settings, tap: int, link_gone: Callable[[], None]) -> Session:
     link = Link(fd=tap, kind="tap", vnet=True, name=settings.ifname)
-    return Session(settings, link=link, log=say if settings.debug else None, warn=say)
+    return Session(settings, link=link, log=say if settings.debug else None, warn=say, link_gone=link_gone)
 
 
 def _report(settings: Settings, session: Session) -> None:
@@ -190,7 +190,8 @@ class Run:
             try:
                 tap = self.guest.tap(signals)
                 with _closing(tap):
-                    self.session = _session(s, tap)
+                    # Without its interface the command is cut off, but it lives on: it may have meant it.
+                    self.session = _session(s, tap, lambda: None if s.quiet else say(f"{s.ifname} was removed"))
                     self.session.watch(signals.fileno(), self._signalled)
                     self.session.watch(self.guest.line.fileno(), self._heard)
                     self.session.start()
@@ -295,7 +296,8 @@ class Attach:
                 stack.callback(self.guest.end)
                 tap = self.guest.tap(signals)
                 with _closing(tap):
-                    self.session = _session(s, tap)
+                    self.session = _session(s, tap, lambda: self.session.end(
+                        f"interface {s.ifname} was removed from the guest's namespace", Exit.RUNTIME))
                     self.session.watch(signals.fileno(), self._signalled)
                     if target.pidfd >= 0:
                         stack.callback(os.close, target.pidfd)

@@ -307,6 +307,7 @@ def main(argv: list[str]) -> int:
 
         traceback.print_exc()
         last, code = Failed(error=f"{type(e).__name__}: {e}"), StageExit.FAILED
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending: nothing to add
     try:
         channel.send(last)
     except OSError:

@@ -17,6 +17,7 @@ import enum
 import errno
 import os
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -251,13 +252,16 @@ class Session:
 
     def __init__(self, settings: Settings, *, link: Link, topology: Topology = TOPOLOGY,
                  deadlines: Deadlines = Deadlines(), log: Callable[[str], None] | None = None,
-                 warn: Callable[[str], None] | None = None) -> None:
+                 warn: Callable[[str], None] | None = None, link_gone: Callable[[], None] | None = None) -> None:
+        """link_gone: called once when the guest's end is closed or its interface removed; by default the session
+        then ends."""
         self.settings = settings
         self.link = link
         self.topology = topology.only(frozenset({Feature.NIC1})).validate(max_stages=8)
         self.deadlines = deadlines
         self._log = log or (lambda text: None)
         self._warn = warn or (lambda text: print(f"ringnet: {text}", file=sys.stderr))
+        self._link_gone = link_gone or (lambda: self.end("the guest closed the link"))
         self.children = [Child(s, row) for row, s in enumerate(self.topology.stages)]
         self.memory: Memory | None = None
         self.result: Result | None = None
@@ -270,6 +274,7 @@ class Session:
         self._bells: list[int] = []
         self._extras: dict[str, int] = {}
         self._dns: socket.socket | None = None
+        self._link_end: select.epoll | None = None
 
     # -- as a context
 
@@ -385,13 +390,13 @@ class Session:
 
     def _ended_unasked(self, child: Child, was: State, message: Ended | Failed) -> None:
         name = child.decl.name
+        if self._request and isinstance(message, Ended):
+            return  # a SIGTERM to the whole process group: it ended before it was asked to
         if isinstance(message, Failed):
             if was in (State.SPAWNED, State.GREETED, State.CONFIGURED, State.READY, State.STARTING):
                 self._set_failure(Exit.NOT_READY, f"stage {name} did not start: {message.error}")
             else:
                 self._set_failure(Exit.STAGE_FAILED, f"stage {name} failed: {message.error}; {self._last(child)}")
-        elif child.decl.source and was is State.RUNNING and message.reason != "SIGTERM":
-            self.end(f"stage {name} ended: {message.reason}")  # its source dried up: the guest closed the link
         else:
             self._set_failure(Exit.STAGE_DIED, f"stage {name} ended: {message.reason}; {self._last(child)}")
 
@@ -420,6 +425,8 @@ class Session:
         child.pidfd = -1
         self._drop_channel(child)
         self._log(f"{child.decl.name}: gone, {describe_status(child.status)}")
+        if self._request and child.status == -signal.SIGTERM:
+            return  # as above, before it had a handler
         if was is State.RUNNING:
             self._set_failure(Exit.STAGE_DIED, f"stage {child.decl.name} died: {describe_status(child.status)};"
                               f" {self._last(child)}")
@@ -499,6 +506,7 @@ class Session:
         os.set_blocking(link, False)
         if self.link.kind == "dgram":
             self._widen(link)
+        self._watch_link(link)
         wanted = {name for c in self.children for name in c.decl.fds}
         if "pcap" in wanted and self.settings.pcap:
             self._extras["pcap"] = self._open_pcap(self.settings.pcap)
@@ -519,6 +527,20 @@ class Session:
                     sock.setsockopt(socket.SOL_SOCKET, force, LINK_BUFFER)
                 except PermissionError:
                     sock.setsockopt(socket.SOL_SOCKET, plain, LINK_BUFFER)  # up to net.core.[rw]mem_max
+
+    def _watch_link(self, fd: int) -> None:
+        """Be told of the link's end, and never of a frame: an epoll that asks for errors only, inside ours.
+
+        A closed peer of a connected SOCK_DGRAM cannot be seen; of SOCK_SEQPACKET, and a removed tap, it can.
+        """
+        self._link_end = select.epoll()
+        self._link_end.register(fd, select.EPOLLRDHUP)  # EPOLLHUP and EPOLLERR are always told
+
+        def gone() -> None:
+            self.unwatch(self._link_end.fileno())
+            self._link_gone()
+
+        self.watch(self._link_end.fileno(), gone)
 
     def _open_pcap(self, path: str) -> int:
         try:
@@ -620,7 +642,7 @@ class Session:
             if c.alive and c.state is not State.ENDED:
                 c.state = State.CANCELLED
                 self._send(c, Cancel(drain_ms=int(drain * 1000)))
-        if self._all_gone(children, 0.0 if self._hurry else drain):
+        if self._all_gone(children, drain):
             return
         for c in children:
             if c.alive:
@@ -630,13 +652,13 @@ class Session:
                 self.memory.session.stop(c.row)
                 lib.rn_bell_ring(self._bells[c.row])
                 self._signal(c, signal.SIGTERM)
-        if self._all_gone(children, 0.0 if self._hurry else self.deadlines.term):
+        if self._all_gone(children, self.deadlines.term):
             return
         for c in children:
             if c.alive:
                 self._warn(f"stage {c.decl.name} did not end: SIGKILL")
                 self._signal(c, signal.SIGKILL)
-        if not self._all_gone(children, 60.0):
+        if not self._all_gone(children, 60.0, patient=True):
             raise RuntimeError("a stage survives SIGKILL: stuck in the kernel")
 
     def _signal(self, child: Child, signum: signal.Signals) -> None:
@@ -645,12 +667,12 @@ class Session:
         except ProcessLookupError:
             pass  # ended, and will be reaped
 
-    def _all_gone(self, children: list[Child], seconds: float) -> bool:
+    def _all_gone(self, children: list[Child], seconds: float, *, patient: bool = False) -> bool:
+        """See the stages end. False: the deadline passed, or somebody is in a hurry."""
         deadline = time.monotonic() + seconds
-        hurried = self._hurry
         while any(c.alive for c in children):
             left = deadline - time.monotonic()
-            if left < 0 or self._hurry and not hurried:
+            if left < 0 or self._hurry and not patient:
                 return False
             self._step(left)
         return True
@@ -680,6 +702,10 @@ class Session:
         if self._dns is not None:
             self._dns.close()
             self._dns = None
+        if self._link_end is not None:
+            self.unwatch(self._link_end.fileno())
+            self._link_end.close()
+            self._link_end = None
         for fd in self._extras.values():
             os.close(fd)
         self._extras = {}

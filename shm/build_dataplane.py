@@ -130,13 +130,7 @@ def build(*, verbose: bool = False) -> Path:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             jobs = [pool.submit(_compile, wrapper, [*BASE_FLAGS, *python])]
             jobs += [pool.submit(_compile, src, [*BASE_FLAGS, *STRICT_FLAGS]) for src in sources()]
-        objects = []
-        for job in jobs:  # INTERIM: a file that does not compile is left out, its functions stubbed
-            try:
-                objects.append(str(job.result()))
-            except subprocess.CalledProcessError as err:
-                print("SKIPPED", err.cmd[-3], file=sys.stderr)
-        objects += _stubs(objects)
+        objects = [str(job.result()) for job in jobs]
         fresh = TARGET.with_suffix(".new")
         link = [*shlex.split(os.environ.get("CC", "gcc")), "-shared", *objects, "-o", str(fresh)]
         subprocess.run(link, check=True)
@@ -147,24 +141,7 @@ def build(*, verbose: bool = False) -> Path:
     return TARGET
 
 
-def _stubs(objects: list[str]) -> list[str]:
-    """INTERIM: functions that are declared but not yet written abort when called."""
-    lines = subprocess.run(["nm", *objects], check=True, capture_output=True, text=True).stdout.splitlines()
-    undefined = {w[-1] for w in map(str.split, lines) if len(w) >= 2 and w[-2] == "U"}
-    defined = {w[-1] for w in map(str.split, lines) if len(w) == 3 and w[-2] in "TtBbDdRrWV"}
-    names = sorted(n for n in undefined - defined
-                   if re.match(r"(rn|stage|svc|services|tcp|udp|icmp|eg|classify|guest|arp|frag|ip|dns|dhcp)_", n))
-    if not names:
-        return []
-    print("missing, stubbed:", *names, file=sys.stderr)
-    src = OBJECTS / "stubs.c"
-    src.write_text("void abort(void);\n" + "".join(f"void {n}(void) {{ abort(); }}\n" for n in names))
-    obj = OBJECTS / "stubs.o"
-    subprocess.run(["gcc", "-fPIC", "-w", "-c", str(src), "-o", str(obj)], check=True)
-    return [str(obj)]
-
-
-_STUB_HEAD = '''"""Types of the compiled module. Written by `python -m shm.build_dataplane` from csrc/*.h: do not edit."""
+_STUB_HEAD = '''"""Types of the compiled module. `python -m shm.build_dataplane` writes this file: do not edit."""
 from typing import Any
 
 CData = Any  # a pointer, array or struct; cffi checks its C type when it is passed

@@ -333,6 +333,7 @@ class EgressOnly(Guest):
         super().__init__()
         self.mtu = mtu
         self._skew = 0  # ns
+        self._stopped_at: int | None = None  # ns
         self._frames: deque[bytes] = deque()
         self._with = contextlib.ExitStack()
         spec = ffi.new("struct rn_part_spec[3]", [(256, 32), (small, large), (0, 0)])
@@ -419,8 +420,8 @@ class EgressOnly(Guest):
 
     def step(self, wait: float = 0.0) -> bool:
         """One turn; waits so many seconds for a socket event or a timer first. True if it did something."""
-        now = time.monotonic_ns() + self._skew
-        did = lib.stage_egress_step(self._stage, int(wait * 1000 + 0.999), now if self._skew else 0)
+        now = time.monotonic_ns() + self._skew if self._stopped_at is None else self._stopped_at
+        did = lib.stage_egress_step(self._stage, int(wait * 1000 + 0.999), now)
         _ok(did, self._stage)
         return did > 0
 
@@ -434,7 +435,20 @@ class EgressOnly(Guest):
     def advance(self, seconds: float) -> None:
         """Set egress's clock forward and let it notice."""
         self._skew += int(seconds * 1e9)
+        if self._stopped_at is not None:
+            self._stopped_at += int(seconds * 1e9)
         self.settle()
+
+    def stop_clock(self, at: int | None = None) -> int:
+        """From now on only this and advance() move egress's clock; at: ns. Returns what it shows."""
+        self._stopped_at = time.monotonic_ns() + self._skew if at is None else at
+        self.settle()
+        return self._stopped_at
+
+    def due(self) -> int | None:
+        """When egress's loop would wake for a timer, ns of its clock; None: never."""
+        at = lib.stage_egress_due(self._stage)
+        return None if at == (1 << 64) - 1 else at
 
     def counters(self, stage: str = "egress") -> dict[str, int]:
         return {ffi.string(lib.rn_counter_name(i)).decode(): lib.rn_stage_counter(self._stage, i)
@@ -537,7 +551,14 @@ class Wire(Guest):
         return frame
 
     def counters(self, stage: str = "egress") -> dict[str, int]:
-        """As last published by the stage: once a turn."""
+        """A stage's counters. A stage publishes them after each turn, so a frame may be here before its count is: ask
+        the stage for a Pong first, which it sends between two turns."""
+        child = self.session.child(stage)
+        seq = child.pongs + 1
+        self.session.ping(stage, seq)
+        end = time.monotonic() + DEADLINE
+        while child.pongs < seq and self.session.poll(max(0.0, end - time.monotonic())):
+            assert time.monotonic() < end, f"{stage} does not answer"
         return self.session.counters(stage)
 
 

@@ -387,6 +387,7 @@ class PlainUser:
             setup += ["mount -t tmpfs -o mode=755,dev tmpfs /dev/net", "mknod -m 0666 /dev/net/tun c 10 200",
                       "chmod 0666 /dev/net/tun"]
         setup += [before] if before else []
+        setup += [f"cd {self.MOUNT}"]  # where the test stands may be hidden here
         setup += [f"exec setpriv --reuid {self.uid} --regid {self.uid} --clear-groups --inh-caps=-all --reset-env "
                   f"env PYTHONPATH={self.MOUNT}/site PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin HOME=/tmp "
                   f"RINGNET_TEST_CHILD={os.environ.get('RINGNET_TEST_CHILD', '')} LC_ALL=C.UTF-8 \"$@\""]

@@ -235,7 +235,8 @@ def encode_search(names: tuple[str, ...]) -> bytes:
     seen: dict[bytes, int] = {}
     for name in names:
         try:
-            labels = [part.encode("idna") if not part.isascii() else part.encode() for part in name.rstrip(".").split(".")]
+            parts = name.rstrip(".").split(".")
+            labels = [part.encode() if part.isascii() else part.encode("idna") for part in parts]
         except UnicodeError:
             continue
         if any(not 0 < len(label) < 64 for label in labels) or sum(len(label) + 1 for label in labels) > 254:
@@ -354,7 +355,7 @@ class DhcpServer:
         address = self._choose(msg.key, msg.address(Opt.REQUESTED), now)
         if address is None:
             self._count("drop_dhcp_no_address")
-            log.warning("no free address for %s", msg.mac.hex(":"))
+            log.debug("no free address for %s", msg.mac.hex(":"))  # at the guest's will: no line for each
             return []
         if Opt.RAPID_COMMIT in msg.options:  # RFC 4039 3.1: commit at once and answer with an ACK
             self._bind(msg, address, now)

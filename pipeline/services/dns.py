@@ -194,7 +194,8 @@ class Cache:
         """Seconds to keep it; 0: not at all."""
         assert query.question is not None
         records = [r for r in reply.records if r.rtype != Rtype.OPT]
-        if reply.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN) or any(r.rtype in (Rtype.TSIG, Rtype.SIG) for r in records):
+        signed = any(r.rtype in (Rtype.TSIG, Rtype.SIG) for r in records)
+        if signed or reply.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
             return 0
         # A TTL with the top bit set counts as 0 (RFC 2181 8).
         lives = min((r.ttl if r.ttl < 1 << 31 else 0 for r in records), default=0)

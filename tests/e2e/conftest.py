@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from dns_server import Answer, DnsServer
+from e2e.dns_server import Answer, DnsServer
 from netlab import SERVER, Netns, Program, run_env
 
 

@@ -46,7 +46,7 @@ def nothing_left(host: Netns, pids: list[int], shm_before: set[str]) -> None:
 def run_in_guest(host_ns: Netns, tmp_path: Path):
     """A `ringnet run` whose command waits; gives (program, inode of the guest's network namespace)."""
     r, w = os.pipe()
-    with Program(host_ns.argv(*RINGNET, "run", "--", "sh", "-c", f"readlink /proc/self/ns/net >/dev/fd/{w}; exec sleep 1000"),
+    with Program(host_ns.argv(*RINGNET, "run", "--", "sh", "-c", f'echo "$(readlink /proc/self/ns/net)" >/dev/fd/{w}; exec sleep 1000'),
                  tmp_path / "run.log", pass_fds=(w,)) as program:
         os.close(w)
         yield program, program.wait_word(r, "the command did not start")
@@ -101,8 +101,8 @@ def test_kill_9_of_a_stage_ends_the_session_and_is_named(guest_session: Attached
 def test_run_ends_with_its_command(run_in_guest, host_ns: Netns) -> None:
     program, link = run_in_guest
     pids = [program.pid, *children(program.pid)]
-    [sleep] = [p for p in pids if Path(f"/proc/{p}/comm").read_text() == "sleep\n"]
-    os.kill(sleep, signal.SIGTERM)
+    [command] = [p for p in users_of_netns(link) if not children(p)]
+    os.kill(command, signal.SIGTERM)
     assert program.wait() == 128 + signal.SIGTERM
     assert wait_gone(pids, 20) == []
     assert users_of_netns(link) == []

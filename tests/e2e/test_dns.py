@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from dns_server import zone
+from e2e.dns_server import zone
 from netlab import GATEWAY, HOST_NAME, SERVER, Attached, Netns
 
 pytestmark = pytest.mark.netns

@@ -93,7 +93,8 @@ class Wrong(AssertionError):
     pass
 
 
-Thread = tuple[int, tuple[tuple[str, int], ...], tuple[tuple[str, int, bool], ...]]  # pc, registers, buffer
+Buffer = tuple[tuple[str, int, bool], ...]  # oldest first: variable, value, release
+Thread = tuple[int, tuple[tuple[str, int], ...], Buffer]  # next op, registers, buffer
 State = tuple[tuple[tuple[str, int], ...], tuple[Thread, ...]]
 
 
@@ -125,7 +126,7 @@ def explore(memory: dict[str, int], programs: Sequence[Sequence[Op]], *, limit: 
         mem = dict(state[0])
         moved = False
         for i, (pc, regs, buf) in enumerate(state[1]):
-            for text, new_mem, new in _steps(i, code[i], mem, pc, dict(regs), buf, lambda t: way(state, t)):
+            for text, new_mem, new in _steps(i, code[i], mem, pc, dict(regs), buf, lambda t, s=state: way(s, t)):
                 moved = True
                 threads = state[1][:i] + (new,) + state[1][i + 1:]
                 nxt = (tuple(sorted(new_mem.items())), threads)
@@ -140,7 +141,8 @@ def explore(memory: dict[str, int], programs: Sequence[Sequence[Op]], *, limit: 
 
 
 def _steps(i: int, ops: Sequence[Op], mem: dict[str, int], pc: int, regs: Regs,
-           buf: tuple[tuple[str, int, bool], ...], way: Callable[[str], str]) -> list[tuple[str, dict[str, int], Thread]]:
+           buf: Buffer, way: Callable[[str], str]) -> list[tuple[str, dict[str, int], Thread]]:
+    """What thread `i` can do next: (words, memory, thread) each."""
     found = []
 
     def val(v: Value) -> int:

@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from procs import fixed_layout
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", "-fsanitize=thread"]
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing",
+         "-fsanitize=thread"]
 
 # What to weaken: file, the access as it is written there, and with the order taken away.
 WEAKER = {
@@ -44,9 +45,7 @@ def run_under_tsan(tmp_path: Path, weaker: str = "") -> subprocess.CompletedProc
     subprocess.run([compiler, *FLAGS, f"-I{CSRC}", str(Path(__file__).with_name("ring_tsan.c")), *sources,
                     "-o", str(program), "-lpthread"], check=True)
     env = os.environ | {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
-    # The sanitizer's shadow memory wants the usual address layout; kernels that randomise more break it.
-    fixed = [setarch, "-R"] if (setarch := shutil.which("setarch")) else []
-    return subprocess.run([*fixed, str(program)], env=env, capture_output=True, text=True, timeout=100)
+    return subprocess.run([*fixed_layout(), str(program)], env=env, capture_output=True, text=True, timeout=100)
 
 
 def test_no_race_is_reported(tmp_path):

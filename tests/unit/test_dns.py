@@ -497,7 +497,7 @@ def test_tc_from_upstream_is_passed_to_a_udp_guest(lab):
     server = lab.server()
     lab.use(server)
     lab.ask(query())
-    reply = made(server.receive())
+    reply = made(server.receive(), "192.0.2.1")
     reply.flags |= dns.flags.TC
     server.send(reply)
     assert lab.reply().flags & dns.flags.TC

@@ -101,9 +101,10 @@ def test_other_names_are_forwarded(table, name):
     assert ask(table, name) is None
 
 
-def test_a_dot_inside_a_label_is_not_a_separator(table):
-    """Labels are bytes: one label "x.ringnet" under internal is not in our domain."""
-    assert ask(table, r"x\.ringnet.internal") is None
+@pytest.mark.parametrize("name", [r"x\.ringnet.internal", r"x\007ringnet.internal"])
+def test_names_compare_by_label_not_by_byte(table, name):
+    """One label "x.ringnet", or "x", 7, "ringnet" (which looks like the length in front of ours), is not our domain."""
+    assert ask(table, name) is None
 
 
 # --- reverse ---

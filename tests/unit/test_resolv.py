@@ -148,6 +148,15 @@ def test_symlink_is_followed_and_may_be_swapped(watch, tmp_path):
     w.wait("other2")
 
 
+def test_dangling_symlink_whose_target_appears(watch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "resolv.conf").symlink_to("run/stub")
+    w = watch(tmp_path / "resolv.conf")
+    assert w.seen == [""]
+    (tmp_path / "run" / "stub").write_text("x")
+    w.wait("x")
+
+
 def test_absent_then_there_then_gone(watch, tmp_path, caplog):
     w = watch(tmp_path / "a" / "b" / "resolv.conf")
     assert w.seen == [""]

@@ -264,6 +264,21 @@ def test_the_loop_sleeps_wakes_and_drains(bench):
     assert not bench.session.cell(ROW).asleep and not bench.rx.stat().asleep
 
 
+def test_a_frame_that_comes_just_before_the_end_is_still_served(bench):
+    ctx, late = FakeContext(), [True]
+    ctx.draining = True
+
+    def late_frame(max_wait: float | None = None, real=bench.loop.step) -> int:
+        if late:
+            late.clear()
+            bench.put(ask("gateway.ringnet.internal"))
+        return real(max_wait)
+
+    bench.loop.step = late_frame
+    assert serve(bench.services, ctx, []) == "drained"
+    assert len(bench.take()) == 1
+
+
 def test_the_stop_word_ends_the_loop(bench):
     bench.session.stop(ROW)
     assert serve(bench.services, FakeContext(), []) == "stopped"

@@ -6,6 +6,7 @@ import os
 import random
 import select
 import socket
+import struct
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +24,7 @@ from tests.harness import (
     UDP,
     EgressOnly,
     Wire,
+    checksum,
     closed_udp_port,
     fresh_port,
     quoted,
@@ -185,6 +187,20 @@ def test_bad_udp_checksum_goes_nowhere(wire):
         none = udp(GUEST, port, GATEWAY, dport, b"none")
         wire.send_ip(UDP, none[:6] + b"\0\0" + none[8:])  # RFC 768: zero means it was not computed
         assert server.recvfrom(10)[0] == b"none"
+
+
+def test_a_checksum_that_comes_out_as_zero_is_sent_as_ones(guest):
+    """RFC 768: zero on the wire would mean that there is none."""
+    port = fresh_port()
+    with udp_server() as server:
+        sport = server.getsockname()[1]
+        guest.send_udp(port, sport, b"go")
+        address = server.recvfrom(10)[1]
+        pseudo = socket.inet_aton(GATEWAY) + socket.inet_aton(GUEST) + struct.pack("!BBH", 0, UDP, 10)
+        data = struct.pack("!H", checksum(pseudo + struct.pack("!HHHH", sport, port, 10, 0) + b"\0\0"))
+        server.sendto(data, address)
+        reply = guest.recv_udp(port)
+        assert reply.data == data and reply.payload[6:8] == b"\xff\xff"
 
 
 def test_a_burst_of_replies_arrives_in_order_and_whole(guest):
