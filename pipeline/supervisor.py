@@ -347,8 +347,9 @@ class Session:
     def _step(self, timeout: float | None) -> None:
         events = self._selector.select(timeout)
         # The caller's watches (signals) before the stages': when a signal went to the whole process group, a
-        # stage that ended of it is no accident.
-        for key, _ in events:
+        # stage that ended of it is no accident. Looked at anew, because our own signal may have been delivered only
+        # on the way out of the wait that reports the stage's end.
+        for key, _ in self._selector.select(0) if events else ():
             if not isinstance(key.data, Child) and self._selector.get_map().get(key.fd) is key:
                 key.data()
         for key, _ in events:

@@ -218,7 +218,8 @@ class Guest:
     def ping(self, ident: int, seq: int, data: bytes = b"", dst: str = GATEWAY, **ip: Any) -> None:
         self.send_ip(ICMP, echo(ident, seq, data), dst, **ip)
 
-    def datagram(self, match: Callable[[Datagram], bool] = lambda d: True, timeout: float = DEADLINE) -> Datagram | None:
+    def datagram(self, match: Callable[[Datagram], bool] = lambda d: True,
+                 timeout: float = DEADLINE) -> Datagram | None:
         """The next whole datagram that matches; the others are kept for later calls. None after so many seconds."""
         for d in self._waiting:
             if match(d):
@@ -288,9 +289,10 @@ class Guest:
             if p.end is None or sum(map(len, p.parts.values())) < p.end:
                 return None
             del self._pieces[key]
-            body, frames = b"".join(p.parts[k] for k in sorted(p.parts)), p.frames
-            assert len(body) == p.end and all(
-                a + len(p.parts[a]) == b for a, b in itertools.pairwise(sorted(p.parts))), "fragments overlap or leave holes"
+            starts = sorted(p.parts)
+            body, frames = b"".join(p.parts[k] for k in starts), p.frames
+            fits = all(a + len(p.parts[a]) == b for a, b in itertools.pairwise(starts))
+            assert fits and len(body) == p.end, "fragments overlap or leave holes"
         d = Datagram(proto, src, dst, ttl, body, frames)
         if proto == UDP:
             pseudo = ip[12:20] + struct.pack("!BBH", 0, UDP, len(body))

@@ -498,7 +498,8 @@ class DhcpServer:
         # the next write; _load() adds that minute.
         expires = now + self.config.lease_s
         self._put(msg, address, State.BOUND, now, expires)
-        if old is not None and old.key == msg.key and old.state is State.BOUND and 0 <= expires - old.saved < SAVE_SLACK:
+        renewed = old is not None and old.key == msg.key and old.state is State.BOUND
+        if renewed and 0 <= expires - old.saved < SAVE_SLACK:
             self._by_address[address].saved = old.saved
             return
         self._save()

@@ -35,6 +35,10 @@ ARP_REQUEST = (b"\xff" * 6 + GUEST_MAC + bytes.fromhex("0806" "0001" "0800" "060
                + bytes([10, 0, 2, 2]) + bytes(6) + bytes([10, 0, 2, 1])).ljust(60, b"\0")
 
 
+# What ends at once on an idle machine may take long on a busy one; no test waits for these to pass.
+PATIENT = Deadlines(hello=DEADLINE, ready=DEADLINE, running=DEADLINE, drain=DEADLINE, drain_failed=DEADLINE, term=DEADLINE)
+
+
 class GuestEnd:
     """The guest's end of the link, and the session's."""
 
@@ -83,6 +87,10 @@ def until_over(session: Session) -> Result:
     return session.stop()
 
 
+def session_is_gone(session: Session) -> bool:
+    return session.stages() == {} and all(c.status is not None for c in session.children)
+
+
 def argv_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
 
@@ -91,7 +99,7 @@ def argv_of(pid: int) -> list[str]:
 
 
 def test_one_process_a_stage_each_with_its_name(ends: GuestEnd, nothing_left: None) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         pids = s.stages()
         assert list(pids) == NAMES and len(set(pids.values())) == len(NAMES)
         for name, pid in pids.items():
@@ -104,7 +112,7 @@ def test_one_process_a_stage_each_with_its_name(ends: GuestEnd, nothing_left: No
 
 
 def test_a_stage_holds_what_the_topology_grants_and_no_rights(ends: GuestEnd) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         for name, pid in s.stages().items():
             maps = set(re.findall(r"/dev/shm/rn-[0-9a-f]{8}-(\w+).*", Path(f"/proc/{pid}/maps").read_text()))
             assert maps == {"session", "arena", "ring"} | ({"flows"} if TOPO.stage(name).flows else set())
@@ -124,7 +132,7 @@ def test_a_stage_holds_what_the_topology_grants_and_no_rights(ends: GuestEnd) ->
 
 
 def test_a_stage_answers_pings(ends: GuestEnd) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         for seq, name in enumerate(NAMES, 1):
             s.ping(name, seq)
         while [c.pongs for c in s.children] != list(range(1, len(NAMES) + 1)):
@@ -133,7 +141,7 @@ def test_a_stage_answers_pings(ends: GuestEnd) -> None:
 
 def test_two_sessions_side_by_side(ends: GuestEnd, nothing_left: None) -> None:
     other = GuestEnd()
-    with Session(make({}), link=ends.link()) as a, Session(make({}), link=other.link()) as b:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as a, Session(make({}), link=other.link(), deadlines=PATIENT) as b:
         for _ in range(3):
             ends.arp()
         other.arp()
@@ -143,7 +151,7 @@ def test_two_sessions_side_by_side(ends: GuestEnd, nothing_left: None) -> None:
 
 
 def test_the_monitor_sees_a_running_and_an_ended_session(ends: GuestEnd) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         ends.guest.send(b"runt")
         ends.arp()
         facts = {f.name: f for f in stage_facts(s)}
@@ -163,7 +171,7 @@ def test_the_monitor_sees_a_running_and_an_ended_session(ends: GuestEnd) -> None
 
 def test_an_orderly_end_drains_what_was_taken(ends: GuestEnd, nothing_left: None) -> None:
     taken = 0
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         ends.guest.setblocking(False)
         for taken in range(50):
             ends.guest.send(ARP_REQUEST)
@@ -181,7 +189,7 @@ def test_an_orderly_end_drains_what_was_taken(ends: GuestEnd, nothing_left: None
 
 
 def test_end_asks_and_the_first_reason_counts(ends: GuestEnd) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         s.end("enough", Exit.RUNTIME)
         s.end("too late")
         assert not s.poll()
@@ -190,11 +198,11 @@ def test_end_asks_and_the_first_reason_counts(ends: GuestEnd) -> None:
 
 
 def test_a_guest_that_closes_the_link_ends_the_session(ends: GuestEnd, nothing_left: None) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         ends.arp()
-        ends.guest.close()
+        ends.guest.shutdown(socket.SHUT_RDWR)
         result = until_over(s)
-    assert "guest_tx" in result.reason, result
+    assert (result.code, result.reason) == (Exit.OK, "the guest closed the link")
     assert {e.status for e in result.stages.values()} == {0}, result
 
 
@@ -203,7 +211,7 @@ def serve(host: Fd, tell: Any, session_of_its_own: bool) -> None:
     if session_of_its_own:
         os.setsid()
     with Signals(signal.SIGINT, signal.SIGTERM) as signals:
-        s = Session(make({}), link=Link(fd=int(host), kind="dgram", vnet=False))
+        s = Session(make({}), link=Link(fd=int(host), kind="dgram", vnet=False), deadlines=PATIENT)
         s.watch(signals.fileno(), lambda: [s.end(n.name) for n in signals.take()])
         with s:
             tell.send(s.stages())
@@ -266,7 +274,7 @@ def test_kill_9_of_everything(supervisor: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kill_9_of_a_stage_ends_the_session_and_is_named(ends: GuestEnd, name: str, nothing_left: None) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         ends.arp()
         pids = s.stages()
         s.ping(name, 1)  # answered between two turns: it has published counters
@@ -283,7 +291,7 @@ def test_kill_9_of_a_stage_ends_the_session_and_is_named(ends: GuestEnd, name: s
 
 
 def test_sigterm_to_one_stage_is_a_clean_end_of_it_and_ends_the_session(ends: GuestEnd, nothing_left: None) -> None:
-    with Session(make({}), link=ends.link()) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         ends.arp()
         os.kill(s.stages()["egress"], signal.SIGTERM)
         result = until_over(s)
@@ -295,20 +303,20 @@ def test_sigterm_to_one_stage_is_a_clean_end_of_it_and_ends_the_session(ends: Gu
 @pytest.mark.parametrize("name", ["classify", "services"])
 def test_a_stage_that_hangs_is_killed_in_the_end(ends: GuestEnd, name: str, nothing_left: None) -> None:
     said: list[str] = []
-    with Session(make({}), link=ends.link(), deadlines=Deadlines(drain=0.1, term=0.1), warn=said.append) as s:
+    impatient = msgspec.structs.replace(PATIENT, drain=1.0, term=1.0)
+    with Session(make({}), link=ends.link(), deadlines=impatient, warn=said.append) as s:
         os.kill(s.stages()[name], signal.SIGSTOP)
         result = s.stop()
     assert result.code is Exit.OK
     assert result.stages[name].status == -signal.SIGKILL
-    assert said == [f"stage {name} did not end: SIGKILL"]
-    assert {e.status for n, e in result.stages.items() if n != name} == {0}
+    assert f"stage {name} did not end: SIGKILL" in said  # others too, if the machine is that busy
+    assert session_is_gone(s)
 
 
 def test_a_second_signal_ends_the_patience(ends: GuestEnd, nothing_left: None) -> None:
     said: list[str] = []
-    patient = Deadlines(drain=DEADLINE * 10, term=DEADLINE * 10)
     r, w = os.pipe()
-    with Session(make({}), link=ends.link(), deadlines=patient, warn=said.append) as s:
+    with Session(make({}), link=ends.link(), deadlines=PATIENT, warn=said.append) as s:
         os.kill(s.stages()["guest_tx"], signal.SIGSTOP)
         s.watch(r, lambda: (os.read(r, 1), s.hurry()))
         os.write(w, b"x")
@@ -344,12 +352,12 @@ def test_a_stage_that_dies_in_start_up(ends: GuestEnd, name: str, nothing_left: 
 
 
 @pytest.mark.parametrize(("deadlines", "says"), [
-    (Deadlines(hello=0.0), r"no Hello within 0 s"), (Deadlines(ready=0.0), r"no Ready within 0 s"),
-    (Deadlines(running=0.0), r"stage guest_rx: no Running within 0 s"),
+    ({"hello": 0.0}, r"no Hello within 0 s"), ({"ready": 0.0}, r"no Ready within 0 s"),
+    ({"running": 0.0}, r"stage guest_rx: no Running within 0 s"),
 ], ids=["hello", "ready", "running"])
-def test_a_stage_that_is_late(ends: GuestEnd, deadlines: Deadlines, says: str, nothing_left: None) -> None:
+def test_a_stage_that_is_late(ends: GuestEnd, deadlines: dict[str, float], says: str, nothing_left: None) -> None:
     with pytest.raises(SessionError, match=says) as error:
-        Session(make({}), link=ends.link(), deadlines=deadlines).start()
+        Session(make({}), link=ends.link(), deadlines=msgspec.structs.replace(PATIENT, **deadlines)).start()
     assert error.value.code is Exit.NOT_READY
 
 
@@ -359,7 +367,7 @@ def test_a_capture_file_that_cannot_be_made(ends: GuestEnd, tmp_path: Path, noth
 
 
 def test_an_end_asked_for_during_the_start(ends: GuestEnd, nothing_left: None) -> None:
-    session = Session(make({}), link=ends.link())
+    session = Session(make({}), link=ends.link(), deadlines=PATIENT)
     session.end("changed my mind")
     with pytest.raises(SessionError, match="changed my mind") as error:
         session.start()

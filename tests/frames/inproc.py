@@ -28,7 +28,8 @@ def config(**kw: Any) -> Any:
         "gateway_mac": list(bytes.fromhex(GATEWAY_MAC.replace(":", ""))), "mtu": MTU, **kw})
 
 
-def link(sock: socket.socket | int, *, vnet: bool = True, frame_max: int = FRAME_MAX, kind: int = lib.RN_LINK_DGRAM) -> Any:
+def link(sock: socket.socket | int, *, vnet: bool = True, frame_max: int = FRAME_MAX,
+         kind: int = lib.RN_LINK_DGRAM) -> Any:
     fd = sock if isinstance(sock, int) else sock.fileno()
     return ffi.new("struct rn_link *", {"fd": fd, "kind": kind, "vnet": int(vnet), "frame_max": frame_max})
 
@@ -104,8 +105,8 @@ class Plane:
         self.go = lib.rn_bell_new()  # always readable: a loop comes back as soon as it would block
         lib.rn_bell_ring(self.go)
 
-    def stage(self, row: int, *, inputs: dict[int, Ring] | None = None, outputs: dict[int, tuple[Ring, int]] | None = None,
-              ) -> Any:
+    def stage(self, row: int, *, inputs: dict[int, Ring] | None = None,
+              outputs: dict[int, tuple[Ring, int]] | None = None) -> Any:
         """inputs: producer's row -> ring; outputs: role -> (ring, consumer's row)."""
         s = lib.rn_stage_new(row, 0)
         assert s != ffi.NULL

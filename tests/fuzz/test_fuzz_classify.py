@@ -23,7 +23,8 @@ def build(out: Path, compiler: str, *flags: str) -> Path:
 
 
 def run(*argv: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    env = {"ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=1", "PATH": "/usr/bin:/bin"}
+    env = {"ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=1",
+           "PATH": "/usr/bin:/bin"}
     return subprocess.run([str(a) for a in argv], check=check, capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -56,7 +57,7 @@ def test_fuzzer_sees_a_planted_overflow(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.xdist_group("fuzz")
 def test_libfuzzer_target(corpus: Path, tmp_path: Path) -> None:
-    """The same target under clang's libFuzzer where there is a clang; elsewhere it at least compiles, without a main()."""
+    """The same target under clang's libFuzzer; where there is no clang it at least compiles, without a main()."""
     if not shutil.which("clang"):
         subprocess.run(["gcc", *FLAGS, "-DLIBFUZZER", "-c", str(SOURCES[0]), "-o", str(tmp_path / "f.o")], check=True)
         symbols = run("/usr/bin/nm", "--defined-only", tmp_path / "f.o").stdout.split()

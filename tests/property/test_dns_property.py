@@ -20,13 +20,18 @@ from pipeline.services.dns import Cache, DnsForwarder, Limits
 from pipeline.services.hosts import HostsTable
 from pipeline.services.loop import Loop
 
-label = st.binary(min_size=1, max_size=20) | st.sampled_from([b"example", b"www", b"ringnet", b"internal", b"10", b"arpa"])
+label = st.binary(min_size=1, max_size=20) | st.sampled_from(
+    [b"example", b"www", b"ringnet", b"internal", b"10", b"arpa"])
 names = st.lists(label, max_size=8).map(lambda labels: dns.name.Name([*labels, b""]))
 types = st.sampled_from(["A", "AAAA", "MX", "TXT", "PTR", "SOA", "CNAME", "ANY"])
 queries = st.builds(
     lambda name, rdtype, ident, edns, payload, do: dns.message.make_query(
         name, rdtype, id=ident, use_edns=0 if edns else -1, payload=payload, want_dnssec=do and edns),
     names, types, st.integers(0, 65535), st.booleans(), st.integers(512, 4096), st.booleans())
+
+
+RECORDS = [("A", "192.0.2.1"), ("AAAA", "2001:db8::1"), ("MX", "10 mail.example."), ("TXT", '"hello"'),
+           ("SOA", "ns.example. admin.example. 1 2 3 4 77"), ("CNAME", "www.example.")]
 
 
 @st.composite
@@ -36,9 +41,7 @@ def replies(draw) -> dns.message.Message:
     reply = dns.message.make_response(q, our_payload=1232 if q.edns >= 0 else None)
     owner = q.question[0].name
     for section in (reply.answer, reply.authority, reply.additional):
-        for kind, text in draw(st.lists(st.sampled_from([
-                ("A", "192.0.2.1"), ("AAAA", "2001:db8::1"), ("MX", "10 mail.example."), ("TXT", '"hello"'),
-                ("SOA", "ns.example. admin.example. 1 2 3 4 77"), ("CNAME", "www.example.")]), max_size=3, unique=True)):
+        for kind, text in draw(st.lists(st.sampled_from(RECORDS), max_size=3, unique=True)):
             section.append(dns.rrset.from_text(owner, draw(st.integers(0, 2**31 - 1)), "IN", kind, text))
     return reply
 
@@ -165,8 +168,8 @@ def test_a_cached_reply_is_the_reply_with_its_ttls_counted_down(reply, age, iden
     got = dns.message.from_wire(raw)
     assert got.id == ident and got.question[0].name.labels == tuple(labels)
     assert (got.edns >= 0) == (again.edns >= 0)
-    found = [(r.name, r.rdtype, r.ttl) for s in (got.answer, got.authority, got.additional) for r in s]
-    assert found == [(r.name, r.rdtype, r.ttl - age) for s in (reply.answer, reply.authority, reply.additional) for r in s]
+    want = [(r.name, r.rdtype, r.ttl - age) for s in (reply.answer, reply.authority, reply.additional) for r in s]
+    assert [(r.name, r.rdtype, r.ttl) for s in (got.answer, got.authority, got.additional) for r in s] == want
 
 
 @given(st.integers(-1, 20), st.lists(st.floats(0, 10), max_size=30))

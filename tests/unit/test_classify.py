@@ -1,4 +1,4 @@
-"""classify, from one frame's verdict to the stage with its rings: each promise of csrc/rn_parse.c and stage_classify.c."""
+"""classify, from one frame's verdict to the stage with its rings: the promises of rn_parse.c and stage_classify.c."""
 from __future__ import annotations
 
 import struct

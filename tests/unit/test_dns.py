@@ -88,7 +88,8 @@ def made(query: dns.message.Message, *addresses: str, ttl: int = 300, rcode: int
     reply.flags |= dns.flags.RA
     reply.set_rcode(rcode)
     if addresses:
-        reply.answer.append(dns.rrset.from_text(query.question[0].name, ttl, "IN", query.question[0].rdtype, *addresses))
+        question = query.question[0]
+        reply.answer.append(dns.rrset.from_text(question.name, ttl, "IN", question.rdtype, *addresses))
     return reply
 
 
@@ -140,7 +141,8 @@ class Lab:
         while self.loop.step(0):
             pass
 
-    def resolve(self, query: dns.message.Message, server: Server, *addresses: str, ttl: int = 300) -> dns.message.Message:
+    def resolve(self, query: dns.message.Message, server: Server, *addresses: str,
+                ttl: int = 300) -> dns.message.Message:
         self.ask(query)
         server.answer(*addresses, ttl=ttl)
         return self.reply()

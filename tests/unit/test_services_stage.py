@@ -172,7 +172,7 @@ def test_other_ports_are_counted(bench):
 
 
 def test_a_reply_over_the_mtu_goes_in_fragments(benches):
-    """RFC 791 3.2: offsets in units of 8, more-fragments on all but the last, one identification, the whole checksum."""
+    """RFC 791 3.2: offsets in units of 8, more-fragments on all but the last, one identification."""
     bench = benches(mtu=576)
     payload = bytes(i & 255 for i in range(3000))
     gateway, guest = socket.inet_aton("10.0.2.1"), socket.inet_aton("10.0.2.2")
