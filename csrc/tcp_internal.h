@@ -1,0 +1,155 @@
+/* tcp_internal.h - what the files of the TCP bridge share: tcp.c (theory of operation, life of a connection),
+ * tcp_open.c (SYN and host connect), tcp_up.c (guest to host), tcp_down.c (host to guest), tcp_out.c (segments).
+ * Nobody else includes it.
+ */
+#ifndef RN_TCP_INTERNAL_H
+#define RN_TCP_INTERNAL_H
+
+#include "egress.h"
+
+#include <sys/epoll.h>
+
+#define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
+#define SEQ_LE(a, b) ((int32_t)((a) - (b)) <= 0)
+#define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
+#define SEQ_GE(a, b) ((int32_t)((a) - (b)) >= 0)
+
+#define TCP_WSCALE 7u		 /* our shift: 8 MiB, above the kernel's largest send buffer estimate */
+#define TCP_SLACK (128u << 10)	 /* bytes of window beyond the host's free space */
+#define TCP_SLACK_LOW (16u << 10) /* the same when much is parked already */
+#define TCP_PARK_MAX (32u << 20) /* bytes parked, all flows */
+#define TCP_NODES 16384u	 /* segments parked, all flows, */
+#define TCP_NODES_RESERVE 1024u	 /* of which these are for in-order segments on their way to send() */
+#define TCP_FLUSH_IOV 64u	 /* segments a sendmsg() */
+#define TCP_PUMP 4u		 /* frames a flow may send before the next one's turn */
+#define TCP_RTO_INIT_US 1000000u /* RFC 6298 2.1 */
+#define TCP_RTO_MIN_US 200000u	 /* below RFC 6298 2.4's 1 s, as Linux: the link has no delay of its own */
+#define TCP_RTO_MAX_US 60000000u /* RFC 6298 2.5 */
+#define TCP_RETRIES 12u		 /* about 6 minutes at the maximum; RFC 9293 3.8.3 R2 >= 100 s */
+#define TCP_SYN_RETRIES 5u
+#define TCP_TIME_WAIT_NS 1000000000ull
+#define TCP_KEEPALIVE_NS (7200ull * 1000000000ull) /* RFC 9293 3.8.4 */
+#define TCP_KEEPALIVE_INTERVAL_NS (75ull * 1000000000ull)
+#define TCP_KEEPALIVE_PROBES 9u
+#define TCP_SCRATCH 65536u
+#define TCP_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+
+/* frame layout: payload of a segment without options */
+#define TCP_ETH_OFF RN_BUF_ETH_OFF
+#define TCP_DATA_OFF (RN_BUF_ETH_OFF + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN)
+_Static_assert(TCP_DATA_OFF + 65535u <= RN_BUF_LARGE, "a 64 KiB segment fits");
+
+enum { /* flow_priv.work: what there is to do */
+	W_SYNACK = 1u << 0,
+	W_UP = 1u << 1,
+	W_DOWN = 1u << 2,
+	W_ACK = 1u << 3,
+	W_RST = 1u << 4,   /* tell the guest, then drop */
+	W_FAIL = 1u << 5,  /* connect failed (tcp_flow.error): tell the guest, then drop */
+	W_PROBE = 1u << 6, /* window probe or keepalive */
+	W_REXMIT = 1u << 7 /* one segment at snd_una again */
+};
+
+enum { /* flow_priv.flags */
+	F_READABLE = 1u << 0,  /* host socket may have bytes we have not peeked */
+	F_HUP = 1u << 1,       /* host side sent FIN (or worse): read on after a short read */
+	F_BLOCKED = 1u << 2,   /* send() took less than all: EPOLLOUT will come */
+	F_RECOVER = 1u << 3,   /* fast recovery until p->recover is acknowledged */
+	F_SLOW = 1u << 4,      /* after a timeout: cwnd counts until p->recover is acknowledged */
+	F_FIN_IN = 1u << 5,    /* guest's FIN has sequence number fin_in */
+	F_EOF = 1u << 6,       /* host side's end is at sequence number fin_out */
+	F_WE_FIRST = 1u << 7,  /* our FIN went out before the guest's came: TIME-WAIT is ours */
+	F_TIMED = 1u << 8,     /* rtt_seq/rtt_ns hold a sample under way */
+	F_GUEST_WS = 1u << 9,  /* window scale agreed */
+	F_CONNECTED = 1u << 10, /* host connect() done */
+	F_PEEK_OFF = 1u << 11  /* SO_PEEK_OFF works on this socket */
+};
+
+struct eg_parked {
+	struct eg_parked *next;
+	struct rn_buf *buf;  /* data lies in this frame: only within a turn, or */
+	uint8_t *own;	     /* in memory of our own */
+	const uint8_t *data;
+	uint32_t seq, len;
+};
+
+struct tcp_flow { /* what only this file needs of a flow */
+	uint32_t fin_in, fin_out;
+	uint32_t cwnd;	  /* bytes; counts only with F_SLOW */
+	uint32_t wnd_max; /* largest window the guest offered (RFC 9293 3.8.6.2.1) */
+	uint32_t syn_seq; /* == irs: to tell a repeated SYN from a new one */
+	int32_t error;	  /* errno of a failed connect */
+};
+
+struct tcp_state {
+	struct tcp_flow *flow;
+	struct eg_parked *nodes, *free_nodes;
+	uint32_t nfree;	 /* nodes in free_nodes */
+	uint64_t parked; /* bytes in memory of our own */
+	struct rn_buf *spare; /* large buffer to peek into: most reads fit a small one afterwards */
+	uint8_t *scratch;
+	struct iovec *skip; /* discard vector of the fallback: all entries are the scratch page */
+	int peek_off;	    /* 1 use SO_PEEK_OFF, 0 do not */
+};
+
+struct seg { /* one segment from the guest, host order */
+	uint32_t seq, ack, len; /* len: payload bytes */
+	uint32_t wnd;
+	uint8_t flags;
+	uint16_t mss; /* 0: no option */
+	int wscale;   /* -1: no option */
+	const uint8_t *data;
+};
+
+static inline void set_state(struct rn_flow *f, uint8_t st)
+{
+	/* relaxed: only the monitor reads it from outside, and any value it sees was true a moment ago */
+	atomic_store_explicit(&f->state, st, memory_order_relaxed);
+}
+static inline uint8_t get_state(struct rn_flow *f)
+{
+	return atomic_load_explicit(&f->state, memory_order_relaxed);
+}
+static inline uint32_t rcv_wnd(const struct rn_flow *f)
+{
+	return f->up.rcv_adv - f->up.rcv_nxt;
+}
+static inline uint64_t us(uint64_t n)
+{
+	return n * 1000u;
+}
+
+/* tcp.c */
+void tcp_set_timer(struct egress *e, uint32_t i);
+uint64_t tcp_rto_after(struct egress *e, uint32_t i);
+void tcp_gone(struct egress *e, uint32_t i);
+void tcp_abort_host(struct egress *e, uint32_t i);
+void tcp_host_reset(struct egress *e, uint32_t i);
+void tcp_maybe_closed(struct egress *e, uint32_t i);
+
+/* tcp_open.c */
+void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8_t guest[16], uint16_t gport,
+	      const uint8_t peer[16], uint16_t pport);
+void tcp_connect_done(struct egress *e, uint32_t i, int err);
+
+/* tcp_up.c */
+int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, const uint8_t *data, uint32_t len);
+void tcp_park_drop(struct egress *e, uint32_t i);
+int tcp_up_flush(struct egress *e, uint32_t i);
+int tcp_update_window(struct egress *e, uint32_t i);
+
+/* tcp_down.c */
+int tcp_discard(struct egress *e, uint32_t i, uint32_t n);
+int tcp_down_pump(struct egress *e, uint32_t i);
+int tcp_retransmit_one(struct egress *e, uint32_t i);
+
+/* tcp_out.c */
+void tcp_emit(struct egress *e, const struct rn_flow *f, struct rn_buf *b, uint32_t seq, uint32_t ack, uint8_t flags,
+	      uint16_t wnd, const uint8_t *opt, uint32_t optlen, uint32_t len, uint32_t mss);
+uint16_t tcp_window_field(const struct flow_priv *p, struct rn_flow *f);
+void tcp_reply_rst(struct egress *e, const struct eg_frame *fr, const struct seg *sg);
+int tcp_send_ack(struct egress *e, uint32_t i, uint32_t seq);
+int tcp_send_synack(struct egress *e, uint32_t i);
+int tcp_send_failure(struct egress *e, uint32_t i);
+
+#endif

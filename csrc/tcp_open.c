@@ -1,0 +1,199 @@
+/* tcp_open.c - a SYN of the guest: options, ISN, host connect; what happens when the connect ended. */
+#include "tcp_internal.h"
+#include "rn_view.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static void parse_options(struct seg *sg, const uint8_t *th, uint32_t hlen)
+{
+	struct rn_view v = { .data = th, .len = hlen };
+	uint32_t at = RN_TCP_HLEN;
+
+	sg->mss = 0;
+	sg->wscale = -1;
+	while (at < hlen) {
+		const uint8_t *o = rn_view_get(&v, at, 1), *l;
+		uint8_t len;
+
+		if (!o || o[0] == RN_TCPOPT_EOL)
+			return;
+		if (o[0] == RN_TCPOPT_NOP) {
+			at++;
+			continue;
+		}
+		l = rn_view_get(&v, at + 1, 1);
+		if (!l || l[0] < 2)
+			return; /* RFC 9293 3.1: an illegal length ends the list */
+		len = l[0];
+		o = rn_view_get(&v, at, len);
+		if (!o)
+			return;
+		if (o[0] == RN_TCPOPT_MSS && len == 4)
+			sg->mss = rn_get16(o + 2);
+		else if (o[0] == RN_TCPOPT_WSCALE && len == 3)
+			sg->wscale = o[2] > 14 ? 14 : o[2]; /* RFC 7323 2.3 */
+		at += len;
+	}
+}
+
+/* ISN = M + F(tuple, secret) (RFC 6528 3); M ticks each 4 us. */
+static uint32_t new_isn(struct egress *e, const struct rn_flow *f)
+{
+	uint8_t k[36];
+
+	memcpy(k, f->guest_addr, 16);
+	memcpy(k + 16, f->peer_addr, 16);
+	rn_put16(k + 32, f->guest_port);
+	rn_put16(k + 34, f->peer_port);
+	return (uint32_t)eg_siphash(e, k, sizeof(k)) + (uint32_t)(e->s->now / 4000u);
+}
+
+static int start_connect(struct egress *e, uint32_t i, const uint8_t dst[4], uint16_t port)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+	int one = 1, zero = 0, fd, r;
+	uint8_t host[4];
+
+	if (port == RN_PORT_DNS && e->cfg.dns_path[0] && !memcmp(dst, e->cfg.gateway4, 4)) {
+		struct sockaddr_un un = { .sun_family = AF_UNIX };
+		size_t n = strnlen(e->cfg.dns_path, sizeof(e->cfg.dns_path));
+
+		if (n > sizeof(un.sun_path) - 1)
+			return EINVAL;
+		memcpy(un.sun_path + 1, e->cfg.dns_path, n); /* abstract: a NUL in front (unix(7)) */
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+		if (fd < 0)
+			return errno;
+		p->is_unix = 1;
+		r = connect(fd, (struct sockaddr *)&un, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + n));
+		if (r < 0 && errno == EAGAIN)
+			errno = ECONNREFUSED; /* backlog full; unlike TCP there is no waiting in line */
+	} else {
+		struct sockaddr_in sin = { .sin_family = AF_INET, .sin_port = htons(port) };
+
+		if (eg_host_addr(e, dst, host))
+			return ECONNREFUSED; /* loopback not offered: nobody listens there */
+		memcpy(&sin.sin_addr, host, 4);
+		fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+		if (fd < 0)
+			return errno;
+		p->is_unix = 0;
+		/* The guest's stack has done its own Nagle; a second one only adds delay. */
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+		(void)setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one));
+		(void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+		r = connect(fd, (struct sockaddr *)&sin, sizeof(sin));
+	}
+	if (r < 0 && errno != EINPROGRESS) {
+		int err = errno;
+
+		close(fd);
+		return err;
+	}
+	if (e->tcp->peek_off && setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero)) == 0)
+		p->flags |= F_PEEK_OFF;
+	p->fd = fd;
+	p->peeked = 0;
+	e->pending++;
+	set_state(f, RN_FL_CONNECTING);
+	int w = eg_watch(e, i, fd, TCP_EVENTS);
+
+	if (w) {
+		e->pending--;
+		set_state(f, RN_FL_SYN_RCVD);
+		return -w;
+	}
+	if (r == 0)
+		tcp_connect_done(e, i, 0);
+	return 0;
+}
+
+/* A SYN of a new connection. */
+void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8_t guest[16], uint16_t gport,
+		      const uint8_t peer[16], uint16_t pport)
+{
+	struct rn_flow *f;
+	struct flow_priv *p;
+	uint32_t i = EG_NONE, own = e->cfg.mtu - RN_IP4_HLEN - RN_TCP_HLEN;
+	int err;
+
+	parse_options(sg, fr->l4, fr->l4_hlen);
+	e->s->c[RN_C_tcp_syn]++;
+	if (e->pending < e->cfg.pending_max && e->nfds < e->cfg.nfile)
+		i = eg_new(e, RN_IPPROTO_TCP, guest, gport, peer, pport, fr->eth + 6);
+	if (i == EG_NONE) {
+		e->s->c[RN_C_tcp_over_limit]++;
+		tcp_reply_rst(e, fr, sg);
+		return;
+	}
+	f = eg_flow(e, i);
+	p = &e->priv[i];
+	e->tcp->flow[i] = (struct tcp_flow){ .syn_seq = sg->seq };
+	p->parked = NULL;
+	p->nparked = 0;
+	p->dupacks = p->backoff = p->probes = 0;
+	p->flags = 0;
+	p->sndbuf = 0;
+	p->rto_at = p->ack_at = UINT64_MAX;
+	p->life_at = UINT64_MAX;
+	f->up.irs = sg->seq;
+	f->up.rcv_nxt = sg->seq + 1;
+	f->up.rcv_adv = f->up.rcv_nxt;
+	f->up.fin = f->down.fin = 0;
+	f->up.parked = 0;
+	f->up.bytes = f->up.packets = f->down.bytes = f->down.packets = 0;
+	f->down.iss = new_isn(e, f);
+	f->down.snd_una = f->down.iss;
+	f->down.snd_nxt = f->down.snd_max = f->down.iss + 1;
+	f->down.snd_wnd = sg->wnd;
+	f->down.snd_wl1 = sg->seq;
+	f->down.snd_wl2 = f->down.iss;
+	/* RFC 9293 3.7.1: 536 if the option is absent. A smaller one is honoured down to 64: below, headers are all. */
+	f->down.mss = (uint16_t)(sg->mss ? sg->mss : 536u);
+	if (f->down.mss < 64)
+		f->down.mss = 64;
+	if (f->down.mss > own)
+		f->down.mss = (uint16_t)own;
+	f->down.wscale = 0;
+	if (sg->wscale >= 0) {
+		p->flags |= F_GUEST_WS;
+		f->down.wscale = (uint8_t)sg->wscale;
+	}
+	f->up.wscale = p->flags & F_GUEST_WS ? TCP_WSCALE : 0;
+	f->down.srtt_us = f->down.rttvar_us = 0;
+	f->down.rto_us = TCP_RTO_INIT_US;
+	f->down.retransmits = 0;
+	set_state(f, RN_FL_SYN_RCVD);
+	err = start_connect(e, i, peer + 12, pport);
+	if (err) {
+		e->tcp->flow[i].error = err;
+		eg_close_fd(e, i);
+		eg_work(e, i, W_FAIL);
+	}
+}
+
+void tcp_connect_done(struct egress *e, uint32_t i, int err)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+
+	e->pending--;
+	set_state(f, RN_FL_SYN_RCVD); /* out of the pending count whichever way it goes */
+	if (err) {
+		e->tcp->flow[i].error = err;
+		eg_close_fd(e, i);
+		eg_work(e, i, W_FAIL);
+		return;
+	}
+	p->flags |= F_CONNECTED;
+	tcp_update_window(e, i);
+	if (rcv_wnd(f) > 65535)
+		f->up.rcv_adv = f->up.rcv_nxt + 65535; /* what the SYN-ACK can say */
+	eg_work(e, i, W_SYNACK);
+}

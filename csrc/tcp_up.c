@@ -1,0 +1,257 @@
+/* tcp_up.c - guest to host: segments in order to send(), early ones and what the host did not take parked. */
+#include "tcp_internal.h"
+
+#include <errno.h>
+#include <linux/sockios.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+
+/* --- parked segments --- */
+
+static void node_free(struct egress *e, struct flow_priv *p, struct rn_flow *f, struct eg_parked *n)
+{
+	struct tcp_state *t = e->tcp;
+
+	if (n->buf)
+		rn_buf_free(&e->s->pool, n->buf);
+	if (n->own) {
+		free(n->own);
+		t->parked -= n->len;
+	}
+	f->up.parked -= n->len;
+	p->nparked--;
+	n->next = t->free_nodes;
+	t->free_nodes = n;
+	t->nfree++;
+}
+
+/* Copy into memory of our own. 0, or -ENOMEM: over the bound, or out of memory. */
+static int node_own(struct tcp_state *t, struct eg_parked *n, uint64_t limit)
+{
+	if (t->parked + n->len > limit)
+		return -ENOMEM;
+	n->own = malloc(n->len);
+	if (!n->own)
+		return -ENOMEM;
+	memcpy(n->own, n->data, n->len);
+	n->data = n->own;
+	t->parked += n->len;
+	return 0;
+}
+
+void tcp_park_drop(struct egress *e, uint32_t i)
+{
+	struct flow_priv *p = &e->priv[i];
+
+	while (p->parked) {
+		struct eg_parked *n = p->parked;
+
+		p->parked = n->next;
+		node_free(e, p, eg_flow(e, i), n);
+	}
+}
+
+/* End of a flush: what is left waits for longer than this turn, so it moves out of the arena. What finds no place
+ * is dropped: it was not acknowledged, the guest sends it again. */
+static void park_rest(struct egress *e, uint32_t i)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct tcp_state *t = e->tcp;
+	struct eg_parked **at = &p->parked;
+
+	while (*at) {
+		struct eg_parked *n = *at;
+
+		if (n->buf) {
+			if (node_own(t, n, TCP_PARK_MAX)) {
+				*at = n->next;
+				node_free(e, p, eg_flow(e, i), n);
+				e->s->c[RN_C_drop_tcp_park_full]++;
+				continue;
+			}
+			rn_buf_free(&e->s->pool, n->buf);
+			n->buf = NULL;
+			e->s->c[RN_C_tcp_parked]++;
+		}
+		at = &n->next;
+	}
+}
+
+/**
+ * tcp_park() - Put a segment into the flow's list, by sequence number
+ * In-order data of a flow that is not blocked stays in its frame until tcp_up_flush() in this turn; what has to wait is
+ * copied. Overlaps are cut when the list is flushed, whole duplicates are refused here.
+ * Return: 1 taken (fr->kept tells whether the frame is ours now), 0 not.
+ */
+int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, const uint8_t *data, uint32_t len)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct tcp_state *t = e->tcp;
+	struct rn_flow *f = eg_flow(e, i);
+	struct eg_parked **at = &p->parked, *n;
+	int early = SEQ_GT(seq, f->up.rcv_nxt), wait = early || (p->flags & F_BLOCKED);
+
+	while (*at && SEQ_LT((*at)->seq, seq))
+		at = &(*at)->next;
+	if (*at && (*at)->seq == seq && (*at)->len >= len) {
+		e->s->c[RN_C_tcp_duplicate_segments]++;
+		return 0;
+	}
+	n = t->free_nodes;
+	if (!n || (wait && t->nfree <= TCP_NODES_RESERVE)) {
+		e->s->c[RN_C_drop_tcp_park_full]++;
+		return 0;
+	}
+	t->free_nodes = n->next;
+	t->nfree--;
+	*n = (struct eg_parked){ .next = *at, .data = data, .seq = seq, .len = len };
+	if (!wait) {
+		n->buf = fr->buf;
+		fr->kept = 1;
+	} else if (node_own(t, n, early && !p->parked ? TCP_PARK_MAX / 2 : TCP_PARK_MAX)) {
+		/* Flows that wait already shall get their holes filled: a new one may not take the last half. */
+		n->next = t->free_nodes;
+		t->free_nodes = n;
+		t->nfree++;
+		e->s->c[RN_C_drop_tcp_park_full]++;
+		return 0;
+	} else {
+		e->s->c[RN_C_tcp_parked]++;
+	}
+	*at = n;
+	f->up.parked += len;
+	p->nparked++;
+	return 1;
+}
+
+/**
+ * tcp_update_window() - Move the right edge of the window we offer, if the host socket has room
+ * Never back (RFC 9293 3.8.6). Not by less than a segment unless the window is small anyway: silly window
+ * avoidance (RFC 9293 3.8.6.2.2). Return: 1 if it moved.
+ */
+int tcp_update_window(struct egress *e, uint32_t i)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+	uint32_t limit = p->flags & F_GUEST_WS ? 65535u << TCP_WSCALE : 65535u, room, edge;
+	int out = 0;
+
+	if (p->parked && (p->flags & F_BLOCKED))
+		return 0;
+	/* Unsent and unacknowledged bytes; on Unix sockets the unread ones. An error leaves 0: the slack holds. */
+	if (ioctl(p->fd, SIOCOUTQ, &out) < 0)
+		out = 0;
+	if (!p->sndbuf || (uint32_t)out > p->sndbuf / 2) {
+		int sz = 0;
+		socklen_t l = sizeof(sz);
+
+		if (getsockopt(p->fd, SOL_SOCKET, SO_SNDBUF, &sz, &l) == 0 && sz > 0)
+			p->sndbuf = (uint32_t)sz;
+	}
+	/* Bookkeeping takes a part of the buffer: a quarter is an estimate, parking corrects it. */
+	room = p->sndbuf / 4 * 3;
+	room = (room > (uint32_t)out ? room - (uint32_t)out : 0) +
+	       (e->tcp->parked < TCP_PARK_MAX / 4 ? TCP_SLACK : TCP_SLACK_LOW);
+	if (room > limit)
+		room = limit;
+	edge = f->up.rcv_nxt + room;
+	if (SEQ_LE(edge, f->up.rcv_adv))
+		return 0;
+	if (edge - f->up.rcv_adv < 2u * e->cfg.mtu && rcv_wnd(f) >= 4u * e->cfg.mtu)
+		return 0;
+	f->up.rcv_adv = edge;
+	return 1;
+}
+
+/* --- up: guest to host --- */
+
+/* After rcv_nxt moved: is the guest's FIN next? */
+static void check_fin(struct egress *e, uint32_t i)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+
+	if (!(p->flags & F_FIN_IN) || f->up.rcv_nxt != e->tcp->flow[i].fin_in || (f->up.fin & RN_FIN_SEEN))
+		return;
+	f->up.rcv_nxt++;
+	if (SEQ_LT(f->up.rcv_adv, f->up.rcv_nxt))
+		f->up.rcv_adv = f->up.rcv_nxt;
+	f->up.fin |= RN_FIN_SEEN;
+	/* All data was taken by send(): the host's FIN follows it (I5). ENOTCONN: reset meanwhile, EPOLLHUP tells. */
+	if (shutdown(p->fd, SHUT_WR) == 0 || errno == ENOTCONN)
+		f->up.fin |= RN_FIN_SENT;
+	tcp_park_drop(e, i); /* nothing behind a FIN is data */
+	eg_work(e, i, W_ACK);
+}
+
+/**
+ * tcp_up_flush() - Hand parked in-order bytes to the host kernel
+ * Return: 0, or -1 if the host side broke (the flow is on its way out).
+ */
+int tcp_up_flush(struct egress *e, uint32_t i)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+	uint32_t start = f->up.rcv_nxt;
+
+	p->flags &= ~F_BLOCKED;
+	for (;;) {
+		struct iovec iov[TCP_FLUSH_IOV];
+		struct msghdr m = { .msg_iov = iov };
+		uint32_t next = f->up.rcv_nxt, want = 0;
+		ssize_t n;
+
+		for (struct eg_parked *k = p->parked; k && m.msg_iovlen < TCP_FLUSH_IOV; k = k->next) {
+			uint32_t skip;
+
+			if (SEQ_GT(k->seq, next))
+				break;
+			skip = next - k->seq;
+			if (skip >= k->len)
+				continue;
+			iov[m.msg_iovlen].iov_base = (void *)(uintptr_t)(k->data + skip);
+			iov[m.msg_iovlen++].iov_len = k->len - skip;
+			next += k->len - skip;
+			want += k->len - skip;
+		}
+		if (!want)
+			break;
+		n = sendmsg(p->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+		if (n < 0) {
+			if (errno == EINTR)
+				continue;
+			if (errno == ENOBUFS || errno == ENOMEM) {
+				/* Not the socket but the machine is full: no edge will follow, so ask for one. */
+				p->flags |= F_BLOCKED;
+				eg_rewatch(e, i, TCP_EVENTS);
+				break;
+			}
+			if (errno == EAGAIN) {
+				p->flags |= F_BLOCKED;
+				break;
+			}
+			tcp_host_reset(e, i);
+			return -1;
+		}
+		f->up.rcv_nxt += (uint32_t)n; /* I1: what send() returned */
+		f->up.bytes += (uint64_t)n;
+		e->s->c[RN_C_tcp_up_bytes] += (uint64_t)n;
+		if ((uint32_t)n < want) {
+			p->flags |= F_BLOCKED;
+			break;
+		}
+	}
+	/* Give back what lies wholly before rcv_nxt. */
+	while (p->parked && SEQ_LE(p->parked->seq + p->parked->len, f->up.rcv_nxt)) {
+		struct eg_parked *n = p->parked;
+
+		p->parked = n->next;
+		node_free(e, p, f, n);
+	}
+	if (f->up.rcv_nxt != start)
+		eg_work(e, i, W_ACK);
+	park_rest(e, i);
+	check_fin(e, i);
+	return 0;
+}
