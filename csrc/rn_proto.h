@@ -74,6 +74,8 @@ static inline void rn_put32(uint8_t *p, uint32_t v)
 #define RN_TCPOPT_NOP 1u    /* RFC 9293 3.2 */
 #define RN_TCPOPT_MSS 2u    /* RFC 9293 3.7.1 */
 #define RN_TCPOPT_WSCALE 3u /* RFC 7323 2.2 */
+#define RN_TCPOPT_SACKOK 4u /* RFC 2018 2 */
+#define RN_TCPOPT_SACK 5u   /* RFC 2018 3 */
 
 /* UDP (RFC 768) */
 #define RN_UDP_HLEN 8u

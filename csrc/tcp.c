@@ -17,7 +17,7 @@
  *
  * A SYN is answered when the host connect() ended (I4). Loss on the guest link: three duplicate ACKs resend one
  * segment, partial ACKs the next (RFC 6582); a timeout (RFC 6298) goes back to snd_una and opens up from one
- * segment (RFC 5681 3.1) until all that was in flight is acknowledged. Without loss there is no congestion
+ * segment (RFC 5681 3.1) until all that was in flight is acknowledged. SACK (tcp_sack.c) tells the holes. Without loss there is no congestion
  * window: the link is memory, the guest's window is the limit.
  *
  * Events only queue work (tcp_event, tcp_input set bits); tcp_work() does it when the guest ring has room, so that
@@ -199,11 +199,19 @@ int tcp_work(struct egress *e, uint32_t i)
 			return 0;
 	}
 	if (p->work & W_REXMIT) {
-		if (p->fd >= 0 && tcp_retransmit_one(e, i))
+		int r = 0;
+
+		for (uint32_t k = 0; p->fd >= 0 && k < TCP_PUMP; k++)
+			if ((r = tcp_retransmit(e, i)) <= 0)
+				break;
+		if (r < 0)
 			return -1;
 		if (p->work & W_RST)
 			return 1;
-		p->work &= ~(uint32_t)W_REXMIT;
+		if (r)
+			more = 1;
+		else
+			p->work &= ~(uint32_t)W_REXMIT;
 	}
 	if (p->work & W_DOWN) {
 		int r = p->fd >= 0 && get_state(f) == RN_FL_ESTABLISHED ? tcp_down_pump(e, i) : 0;
@@ -331,6 +339,7 @@ void tcp_timer(struct egress *e, uint32_t i)
 		p->recover = f->down.snd_max;
 		p->flags = (p->flags | F_SLOW | F_READABLE) & ~(uint32_t)(F_RECOVER | F_TIMED);
 		e->tcp->flow[i].cwnd = f->down.mss;
+		e->tcp->flow[i].nsacked = 0; /* RFC 2018 8 */
 		p->dupacks = 0;
 		p->rto_at = tcp_rto_after(e, i);
 		if (f->down.snd_wnd == 0)
@@ -444,7 +453,8 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
 	uint32_t fin = !!(sg->flags & RN_TH_FIN), end = sg->seq + sg->len + fin, wnd = rcv_wnd(f);
-	int old, beyond, keep_data = 1;
+	int old, beyond, keep_data = 1, dup = 0;
+	uint32_t held = 0; /* bytes the guest holds out of order */
 
 	/* First, sequence number. */
 	old = SEQ_LT(sg->seq, f->up.rcv_nxt) && SEQ_LE(end, f->up.rcv_nxt);
@@ -494,12 +504,23 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	} else if (sg->ack == f->down.snd_una && f->down.snd_max != f->down.snd_una && !sg->len && !fin &&
 		   scaled == f->down.snd_wnd && !old) {
 		/* Duplicate ACK (RFC 5681 2). */
-		if (++p->dupacks == 3 && !(p->flags & (F_RECOVER | F_SLOW))) {
-			e->s->c[RN_C_tcp_fast_retransmit]++;
-			p->flags |= F_RECOVER;
-			p->recover = f->down.snd_max;
-			eg_work(e, i, W_REXMIT);
-		}
+		if (p->dupacks < 255)
+			p->dupacks++;
+		dup = 1;
+	}
+	if (f->down.snd_max == f->down.snd_una)
+		x->nsacked = 0;
+	else if (p->flags & F_SACK)
+		held = tcp_sack_input(e, i, fr->l4, fr->l4_hlen);
+	if (!(p->flags & (F_RECOVER | F_SLOW)) &&
+	    ((dup && p->dupacks == 3) || held > 2u * f->down.mss)) { /* RFC 5681 3.2; RFC 6675 5 */
+		e->s->c[RN_C_tcp_fast_retransmit]++;
+		p->flags |= F_RECOVER;
+		p->recover = f->down.snd_max;
+		x->rxt_nxt = f->down.snd_una;
+		eg_work(e, i, W_REXMIT);
+	} else if ((p->flags & F_RECOVER) && x->nsacked) {
+		eg_work(e, i, W_REXMIT); /* holes it tells for the first time */
 	}
 	if (SEQ_LE(f->down.snd_una, sg->ack) &&
 	    (SEQ_LT(f->down.snd_wl1, sg->seq) || (f->down.snd_wl1 == sg->seq && SEQ_LE(f->down.snd_wl2, sg->ack)))) {

@@ -242,6 +242,17 @@ int tcp_down_pump(struct egress *e, uint32_t i)
 		}
 		if (max > frame)
 			max = frame;
+		if (x->nsacked && SEQ_LT(f->down.snd_nxt, f->down.snd_max)) {
+			/* Gone back after a timeout: what the guest holds by now is not sent again. */
+			uint32_t end, seq = tcp_sack_hole(e, i, f->down.snd_nxt, &end, 0);
+
+			if (seq != f->down.snd_nxt) {
+				f->down.snd_nxt = seq;
+				continue;
+			}
+			if (SEQ_LT(end, f->down.snd_max) && end - seq < max)
+				max = end - seq;
+		}
 		n = send_data(e, i, f->down.snd_nxt, max, 0);
 		if (n == -ENOBUFS)
 			return -1;
@@ -267,29 +278,48 @@ int tcp_down_pump(struct egress *e, uint32_t i)
 	return 1;
 }
 
-/* One segment at snd_una once more: fast retransmit (RFC 5681 3.2), partial ACK (RFC 6582 3.2 step 5). */
-int tcp_retransmit_one(struct egress *e, uint32_t i)
+/**
+ * tcp_retransmit() - Fast recovery: the next missing frame again
+ * Without SACK that is one segment at snd_una (RFC 5681 3.2; after a partial ACK RFC 6582 3.2). With it, each call goes
+ * on to the next hole below what the guest holds (RFC 6675 4), each hole once.
+ * Return: 1: there may be another hole, 0: no, -1: no room or buffer.
+ */
+int tcp_retransmit(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
-	uint32_t len = f->down.snd_max - f->down.snd_una;
+	struct tcp_flow *x = &e->tcp->flow[i];
+	uint32_t seq = f->down.snd_una, end = f->down.snd_max, max;
 	ssize_t n;
 
-	if (!len)
+	if (seq == end)
 		return 0;
-	if ((p->flags & F_EOF) && f->down.snd_una == e->tcp->flow[i].fin_out) {
+	if (x->nsacked) {
+		seq = tcp_sack_hole(e, i, SEQ_GT(x->rxt_nxt, seq) ? x->rxt_nxt : seq, &end, 1);
+		if (seq == end)
+			return 0;
+		max = frame_payload(e, f->down.mss);
+	} else {
+		max = f->down.mss;
+	}
+	if (end - seq < max)
+		max = end - seq;
+	if ((p->flags & F_EOF) && seq == x->fin_out) {
 		uint32_t keep = f->down.snd_nxt;
-		int r = 0;
+		int r;
 
-		f->down.snd_nxt = f->down.snd_una;
+		f->down.snd_nxt = seq;
 		r = send_fin(e, i);
 		f->down.snd_nxt = SEQ_GT(keep, f->down.snd_nxt) ? keep : f->down.snd_nxt;
 		return r ? -1 : 0;
 	}
-	n = send_data(e, i, f->down.snd_una, len < f->down.mss ? len : f->down.mss, 1);
+	n = send_data(e, i, seq, max, 1);
 	if (n == -ENOBUFS)
 		return -1;
 	if (n < 0 && n != -EAGAIN)
 		tcp_host_reset(e, i);
-	return 0;
+	if (n <= 0)
+		return 0;
+	x->rxt_nxt = seq + (uint32_t)n;
+	return x->nsacked != 0;
 }

@@ -1,5 +1,6 @@
 /* tcp_internal.h - what the files of the TCP bridge share: tcp.c (theory of operation, life of a connection),
- * tcp_open.c (SYN and host connect), tcp_up.c (guest to host), tcp_down.c (host to guest), tcp_out.c (segments).
+ * tcp_open.c (SYN and host connect), tcp_up.c (guest to host), tcp_down.c (host to guest), tcp_sack.c (selective
+ * acknowledgement), tcp_out.c (segments).
  * Nobody else includes it.
  */
 #ifndef RN_TCP_INTERNAL_H
@@ -61,8 +62,8 @@ enum { /* flow_priv.flags */
 	F_WE_FIRST = 1u << 7,  /* our FIN went out before the guest's came: TIME-WAIT is ours */
 	F_TIMED = 1u << 8,     /* rtt_seq/rtt_ns hold a sample under way */
 	F_GUEST_WS = 1u << 9,  /* window scale agreed */
-	F_CONNECTED = 1u << 10, /* host connect() done */
-	F_PEEK_OFF = 1u << 11  /* SO_PEEK_OFF works on this socket */
+	F_PEEK_OFF = 1u << 10, /* SO_PEEK_OFF works on this socket */
+	F_SACK = 1u << 11      /* selective acknowledgement agreed */
 };
 
 struct eg_parked {
@@ -73,11 +74,21 @@ struct eg_parked {
 	uint32_t seq, len;
 };
 
-struct tcp_flow { /* what only this file needs of a flow */
+#define TCP_SACK_BLOCKS 4u /* an option of 34 bytes: all that 40 bytes of options hold (RFC 2018 3) */
+#define TCP_SACK_RANGES 8u /* kept of the guest's */
+
+struct tcp_range {
+	uint32_t lo, hi; /* sequence numbers [lo, hi) */
+};
+
+struct tcp_flow { /* what only the TCP files need of a flow */
 	uint32_t fin_in, fin_out;
 	uint32_t cwnd;	  /* bytes; counts only with F_SLOW */
 	uint32_t wnd_max; /* largest window the guest offered (RFC 9293 3.8.6.2.1) */
-	uint32_t syn_seq; /* == irs: to tell a repeated SYN from a new one */
+	uint32_t sack_last; /* start of the early segment that came last */
+	uint32_t rxt_nxt;   /* fast recovery: holes before this were sent again */
+	struct tcp_range sacked[TCP_SACK_RANGES]; /* above snd_una, sorted, apart */
+	uint8_t nsacked;
 	int32_t error;	  /* errno of a failed connect */
 };
 
@@ -98,6 +109,7 @@ struct seg { /* one segment from the guest, host order */
 	uint8_t flags;
 	uint16_t mss; /* 0: no option */
 	int wscale;   /* -1: no option */
+	int sack_ok;
 	const uint8_t *data;
 };
 
@@ -141,7 +153,12 @@ int tcp_update_window(struct egress *e, uint32_t i);
 /* tcp_down.c */
 int tcp_discard(struct egress *e, uint32_t i, uint32_t n);
 int tcp_down_pump(struct egress *e, uint32_t i);
-int tcp_retransmit_one(struct egress *e, uint32_t i);
+int tcp_retransmit(struct egress *e, uint32_t i);
+
+/* tcp_sack.c */
+uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt);
+uint32_t tcp_sack_input(struct egress *e, uint32_t i, const uint8_t *th, uint32_t hlen);
+uint32_t tcp_sack_hole(struct egress *e, uint32_t i, uint32_t seq, uint32_t *end, int below);
 
 /* tcp_out.c */
 void tcp_emit(struct egress *e, const struct rn_flow *f, struct rn_buf *b, uint32_t seq, uint32_t ack, uint8_t flags,

@@ -16,6 +16,7 @@ static void parse_options(struct seg *sg, const uint8_t *th, uint32_t hlen)
 
 	sg->mss = 0;
 	sg->wscale = -1;
+	sg->sack_ok = 0;
 	while (at < hlen) {
 		const uint8_t *o = rn_view_get(&v, at, 1), *l;
 		uint8_t len;
@@ -37,6 +38,8 @@ static void parse_options(struct seg *sg, const uint8_t *th, uint32_t hlen)
 			sg->mss = rn_get16(o + 2);
 		else if (o[0] == RN_TCPOPT_WSCALE && len == 3)
 			sg->wscale = o[2] > 14 ? 14 : o[2]; /* RFC 7323 2.3 */
+		else if (o[0] == RN_TCPOPT_SACKOK && len == 2)
+			sg->sack_ok = 1;
 		at += len;
 	}
 }
@@ -134,7 +137,7 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 	}
 	f = eg_flow(e, i);
 	p = &e->priv[i];
-	e->tcp->flow[i] = (struct tcp_flow){ .syn_seq = sg->seq };
+	e->tcp->flow[i] = (struct tcp_flow){ 0 };
 	p->parked = NULL;
 	p->nparked = 0;
 	p->dupacks = p->backoff = p->probes = 0;
@@ -165,6 +168,8 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 		p->flags |= F_GUEST_WS;
 		f->down.wscale = (uint8_t)sg->wscale;
 	}
+	if (sg->sack_ok)
+		p->flags |= F_SACK;
 	f->up.wscale = p->flags & F_GUEST_WS ? TCP_WSCALE : 0;
 	f->down.srtt_us = f->down.rttvar_us = 0;
 	f->down.rto_us = TCP_RTO_INIT_US;
@@ -180,7 +185,6 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 
 void tcp_connect_done(struct egress *e, uint32_t i, int err)
 {
-	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
 
 	e->pending--;
@@ -191,7 +195,6 @@ void tcp_connect_done(struct egress *e, uint32_t i, int err)
 		eg_work(e, i, W_FAIL);
 		return;
 	}
-	p->flags |= F_CONNECTED;
 	tcp_update_window(e, i);
 	if (rcv_wnd(f) > 65535)
 		f->up.rcv_adv = f->up.rcv_nxt + 65535; /* what the SYN-ACK can say */

@@ -86,10 +86,13 @@ int tcp_send_ack(struct egress *e, uint32_t i, uint32_t seq)
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
 	struct rn_buf *b = eg_out_buf(e, RN_SMALL);
+	uint8_t opt[40];
+	uint32_t n;
 
 	if (!b)
 		return -1;
-	tcp_emit(e, f, b, seq, f->up.rcv_nxt, RN_TH_ACK, tcp_window_field(p, f), NULL, 0, 0, f->down.mss);
+	n = tcp_sack_option(e, i, opt);
+	tcp_emit(e, f, b, seq, f->up.rcv_nxt, RN_TH_ACK, tcp_window_field(p, f), opt, n, 0, f->down.mss);
 	return 0;
 }
 
@@ -98,18 +101,23 @@ int tcp_send_synack(struct egress *e, uint32_t i)
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
 	struct rn_buf *b = eg_out_buf(e, RN_SMALL);
-	uint8_t opt[8] = { RN_TCPOPT_MSS, 4 };
+	uint8_t opt[12] = { RN_TCPOPT_MSS, 4 };
 	uint32_t n = 4, w;
 
 	if (!b)
 		return -1;
 	rn_put16(opt + 2, (uint16_t)(e->cfg.mtu - RN_IP4_HLEN - RN_TCP_HLEN));
-	if (p->flags & F_GUEST_WS) { /* offered only if the guest did (RFC 7323 2.2) */
-		opt[4] = RN_TCPOPT_NOP;
-		opt[5] = RN_TCPOPT_WSCALE;
-		opt[6] = 3;
-		opt[7] = TCP_WSCALE;
-		n = 8;
+	if (p->flags & F_SACK) { /* offered only if the guest did (RFC 2018 2, */
+		opt[n++] = RN_TCPOPT_NOP;
+		opt[n++] = RN_TCPOPT_NOP;
+		opt[n++] = RN_TCPOPT_SACKOK;
+		opt[n++] = 2;
+	}
+	if (p->flags & F_GUEST_WS) { /* RFC 7323 2.2) */
+		opt[n++] = RN_TCPOPT_NOP;
+		opt[n++] = RN_TCPOPT_WSCALE;
+		opt[n++] = 3;
+		opt[n++] = TCP_WSCALE;
 	}
 	w = rcv_wnd(f); /* never scaled on a SYN (RFC 7323 2.2) */
 	tcp_emit(e, f, b, f->down.iss, f->up.rcv_nxt, RN_TH_SYN | RN_TH_ACK, (uint16_t)(w > 65535 ? 65535 : w), opt, n, 0,

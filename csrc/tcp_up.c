@@ -122,6 +122,8 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 	*at = n;
 	f->up.parked += len;
 	p->nparked++;
+	if (early)
+		t->flow[i].sack_last = seq;
 	return 1;
 }
 

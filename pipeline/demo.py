@@ -153,8 +153,8 @@ class Demo:
     def guest(self, *argv: str, stdin: Any = subprocess.DEVNULL) -> str:
         """Run a program in the guest to its end; its output. Raises StepFailed."""
         try:
-            done = subprocess.run([*self.enter, *argv], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  text=True, errors="replace", timeout=STEP_S, preexec_fn=_die_with_parent)
+            done = subprocess.run([*self.enter, *argv], stdin=stdin, capture_output=True, text=True, errors="replace",
+                                  timeout=STEP_S, preexec_fn=_die_with_parent)
         except subprocess.TimeoutExpired:
             raise StepFailed(f"{argv[0]}: no end within {STEP_S:g} s") from None
         if done.returncode:
@@ -265,9 +265,9 @@ class Guest:
         resolv = tmp / "resolv.conf"
         resolv.write_text("# udhcpc has not been here yet\n")
         plain = os.geteuid() != 0
-        argv = ["unshare", *(["--user", "--map-root-user"] if plain else []), "--net", "--mount", "--propagation", "slave",
-                "sh", "-ec", 'mount --bind "$1" "$(readlink -f /etc/resolv.conf)"; ip link set lo up; exec cat', "guest",
-                str(resolv)]
+        script = 'mount --bind "$1" "$(readlink -f /etc/resolv.conf)"; ip link set lo up; exec cat'
+        argv = ["unshare", *(["--user", "--map-root-user"] if plain else []), "--net", "--mount", "--propagation",
+                "slave", "sh", "-ec", script, "guest", str(resolv)]
         self.keeper = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.keeper.stdin.write(b"\n")
         try:
@@ -284,7 +284,8 @@ class Guest:
         """The guest's interface, not configured. Raises GuestError, Stopped."""
         target = open_target(str(self.keeper.pid))
         try:
-            maker = GuestChild(lambda ours, theirs: attach_child(ours, theirs, target, settings.ifname, settings.mtu, False))
+            maker = GuestChild(lambda ours, theirs: attach_child(ours, theirs, target, settings.ifname, settings.mtu,
+                                                                 config_net=False))
             try:
                 return Link(fd=maker.tap(signals), kind="tap", vnet=True, name=settings.ifname)
             finally:
@@ -340,7 +341,8 @@ def _main(settings: Settings, tmp: Path, stack: contextlib.ExitStack) -> int:
     session.watch(signals.fileno(), lambda: [session.end(s.name, Exit.RUNTIME) for s in signals.take()])
     stack.enter_context(session)
     who = ", ".join(f"{name} {pid}" for name, pid in session.stages().items())
-    print(f"session: guest {settings.address}, gateway {settings.gateway}, MTU {settings.mtu}; stages: {who}", flush=True)
+    print(f"session: guest {settings.address}, gateway {settings.gateway}, MTU {settings.mtu}; stages: {who}",
+          flush=True)
 
     port, body_sha = _start_server(spawn, session, stack)
     steps: list[Step] = []

@@ -5,6 +5,7 @@ in the caller's network namespace. Raises NetlinkError with what was asked.
 """
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -12,7 +13,8 @@ import struct
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE, NLM_F_EXCL = 1, 4, 0x100, 0x400, 0x200
 NLMSG_ERROR = 2
-RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 20, 24
+RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 17, 20, 24
+RTMGRP_LINK = 1
 IFLA_ADDRESS, IFLA_MTU = 1, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
 RTA_OIF, RTA_GATEWAY = 4, 5
@@ -38,7 +40,7 @@ def _request(what: str, kind: int, flags: int, body: bytes) -> None:
         answer = nl.recv(65536)
     _, kind, _, _, _, error = struct.unpack_from("=IHHIIi", answer)
     if kind != NLMSG_ERROR:
-        raise NetlinkError(71, f"{what}: unexpected answer {kind}")  # EPROTO
+        raise NetlinkError(errno.EPROTO, f"{what}: unexpected answer {kind}")
     if error:
         raise NetlinkError(-error, f"{what}: {os.strerror(-error)}")
 
@@ -80,3 +82,33 @@ def default_route(name: str, via: ipaddress.IPv4Address, *, onlink: bool = False
                        RTN_UNICAST, flags)
     body += _attr(RTA_OIF, struct.pack("=i", index(name))) + _attr(RTA_GATEWAY, via.packed)
     _request(f"add default route via {via} on {name}", RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def link_events() -> socket.socket:
+    """A socket that tells of changes to interfaces of the namespace it is made in, wherever it is read."""
+    nl = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    nl.bind((0, RTMGRP_LINK))
+    nl.setblocking(False)
+    return nl
+
+
+def links_removed(nl: socket.socket) -> list[int]:
+    """Indices of the interfaces removed since the last look (those the kernel had room to tell of)."""
+    found: list[int] = []
+    while True:
+        try:
+            data = nl.recv(65536)
+        except BlockingIOError:
+            return found
+        except OSError as e:
+            if e.errno != errno.ENOBUFS:
+                raise
+            continue  # some were lost; go on with what came after
+        at = 0
+        while at + 32 <= len(data):  # nlmsghdr 16 bytes, ifinfomsg 16
+            size, kind = struct.unpack_from("=IH", data, at)
+            if size < 32:
+                break
+            if kind == RTM_DELLINK:
+                found.append(struct.unpack_from("=i", data, at + 20)[0])
+            at += size + -size % 4

@@ -48,7 +48,9 @@ class _Said(Struct, frozen=True, kw_only=True, tag=str.lower):
 
 
 class Tap(_Said):
-    """Child: the link's descriptor is beside this message."""
+    """Child: the link's descriptor is beside this message, then a netlink socket of the namespace."""
+
+    index: int  # of the interface
 
 
 class Go(_Said):
@@ -95,18 +97,18 @@ class Line:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def send(self, message: _Said, fd: int = -1) -> None:
-        anc = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+    def send(self, message: _Said, *fds: int) -> None:
+        anc = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.sock.sendmsg([_encode(message)], anc, socket.MSG_NOSIGNAL)
 
-    def recv(self) -> tuple[Said, int] | None:
-        """A message and its descriptor or -1; None at EOF. Blocks."""
-        data, anc, _, _ = self.sock.recvmsg(65536, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    def recv(self) -> tuple[Said, list[int]] | None:
+        """A message and its descriptors; None at EOF. Blocks."""
+        data, anc, _, _ = self.sock.recvmsg(65536, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
         fds = array.array("i")
         for level, kind, body in anc:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(body[:4])
-        return (_decode(data), fds[0] if fds else -1) if data else None
+                fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+        return (_decode(data), list(fds)) if data else None
 
 
 def _call(rc: int, what: str) -> int:
@@ -247,11 +249,19 @@ def attach_child(ours: socket.socket, sock: socket.socket, target: Target, name:
     line = Line(sock)
     with _telling(line):
         enter(target)
-        fd = make_tap(name, mtu)
-        line.send(Tap(), fd)
-        os.close(fd)  # the interface lives as long as the session's stages have it
+        _hand_over(line, name, mtu)
         if config_net and line.recv() is not None:
             line.send(_configured(configure(name)))
+
+
+def _hand_over(line: Line, name: str, mtu: int) -> None:
+    """Make the tap and give it away: the interface lives as long as somebody in the session has it."""
+    with netlink.link_events() as events:
+        fd = make_tap(name, mtu)
+        try:
+            line.send(Tap(index=netlink.index(name)), fd, events.fileno())
+        finally:
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -387,9 +397,7 @@ def _guest(line: Line, name: str, mtu: int, argv: list[str], ignored: frozenset[
     home = os.getcwd()
     _new_namespaces()
     netlink.link_up("lo")
-    fd = make_tap(name, mtu)
-    line.send(Tap(), fd)
-    os.close(fd)
+    _hand_over(line, name, mtu)
     if line.recv() is None:  # Go, or the supervisor gave up
         return 1
     lease = configure(name)

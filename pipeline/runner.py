@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from pipeline import monitor
+from pipeline import monitor, netlink
 from pipeline.config import Settings
 from pipeline.messages import Exit
 from pipeline.netns import (
@@ -47,6 +47,14 @@ def say(text: str) -> None:
     print(f"ringnet: {text}", file=sys.stderr, flush=True)
 
 
+class GuestLink(NamedTuple):
+    """The tap, as its namespace's child gave it to us."""
+
+    fd: int
+    index: int
+    events: socket.socket  # netlink: changes to interfaces there
+
+
 class Guest:
     """The child on the guest's side: a process, its pidfd, and the line to it."""
 
@@ -74,7 +82,7 @@ class Guest:
         finally:
             os._exit(1)
 
-    def tap(self, signals: Signals) -> int:
+    def tap(self, signals: Signals) -> GuestLink:
         """Wait for the tap. Raises GuestError, Stopped."""
         poll = select.poll()
         poll.register(self.line, select.POLLIN)
@@ -87,8 +95,8 @@ class Guest:
                 raise Stopped(got[0])
             if any(fd == self.line.fileno() for fd, _ in ready):
                 match self.line.recv():
-                    case (Tap(), fd):
-                        return fd
+                    case (Tap(index=index), [fd, events]):
+                        return GuestLink(fd, index, socket.socket(fileno=events))
                     case (Trouble(text=text), _):
                         raise GuestError(text)
                     case None:
@@ -135,9 +143,18 @@ def _pid_file(path: str) -> Iterator[None]:
             Path(path).unlink(missing_ok=True)
 
 
-def _session(settings: Settings, tap: int, link_gone: Callable[[], None]) -> Session:
-    link = Link(fd=tap, kind="tap", vnet=True, name=settings.ifname)
-    return Session(settings, link=link, log=say if settings.debug else None, warn=say, link_gone=link_gone)
+def _session(settings: Settings, tap: GuestLink, gone: Callable[[], None]) -> Session:
+    """A session on the tap; gone: what to do when the interface is removed."""
+    link = Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname)
+    session = Session(settings, link=link, log=say if settings.debug else None, warn=say)
+
+    def changed() -> None:
+        if tap.index in netlink.links_removed(tap.events):
+            session.unwatch(tap.events.fileno())
+            gone()
+
+    session.watch(tap.events.fileno(), changed)
+    return session
 
 
 def _report(settings: Settings, session: Session) -> None:
@@ -189,7 +206,8 @@ class Run:
             stack.callback(self.guest.end)
             try:
                 tap = self.guest.tap(signals)
-                with _closing(tap):
+                stack.callback(tap.events.close)
+                with _closing(tap.fd):
                     # Without its interface the command is cut off, but it lives on: it may have meant it.
                     self.session = _session(s, tap, lambda: None if s.quiet else say(f"{s.ifname} was removed"))
                     self.session.watch(signals.fileno(), self._signalled)
@@ -295,7 +313,8 @@ class Attach:
                                                                      self.config_net))
                 stack.callback(self.guest.end)
                 tap = self.guest.tap(signals)
-                with _closing(tap):
+                stack.callback(tap.events.close)
+                with _closing(tap.fd):
                     self.session = _session(s, tap, lambda: self.session.end(
                         f"interface {s.ifname} was removed from the guest's namespace", Exit.RUNTIME))
                     self.session.watch(signals.fileno(), self._signalled)
@@ -338,7 +357,7 @@ class Attach:
             self.session.end(signum.name)
 
     def _heard(self) -> None:
-        got: tuple[Said, int] | None = self.guest.line.recv()
+        got: tuple[Said, list[int]] | None = self.guest.line.recv()
         self.session.unwatch(self.guest.line.fileno())
         match got:
             case (Configured(address=address, router=router), _):

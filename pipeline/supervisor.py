@@ -69,7 +69,7 @@ class Link(Struct, frozen=True, kw_only=True):
     """The guest's side. fd: duplicated by the session; the caller keeps its own."""
 
     fd: int
-    kind: str  # "tap" or "dgram"
+    kind: str  # "tap" or "dgram"; the end of a SOCK_SEQPACKET socket ends the session, that of a tap cannot be seen here
     vnet: bool  # a 12-byte virtio-net header before each frame, and offloads
     name: str = "guest"  # for the capture file
 
@@ -252,16 +252,13 @@ class Session:
 
     def __init__(self, settings: Settings, *, link: Link, topology: Topology = TOPOLOGY,
                  deadlines: Deadlines = Deadlines(), log: Callable[[str], None] | None = None,
-                 warn: Callable[[str], None] | None = None, link_gone: Callable[[], None] | None = None) -> None:
-        """link_gone: called once when the guest's end is closed or its interface removed; by default the session
-        then ends."""
+                 warn: Callable[[str], None] | None = None) -> None:
         self.settings = settings
         self.link = link
         self.topology = topology.only(frozenset({Feature.NIC1})).validate(max_stages=8)
         self.deadlines = deadlines
         self._log = log or (lambda text: None)
         self._warn = warn or (lambda text: print(f"ringnet: {text}", file=sys.stderr))
-        self._link_gone = link_gone or (lambda: self.end("the guest closed the link"))
         self.children = [Child(s, row) for row, s in enumerate(self.topology.stages)]
         self.memory: Memory | None = None
         self.result: Result | None = None
@@ -507,7 +504,7 @@ class Session:
         os.set_blocking(link, False)
         if self.link.kind == "dgram":
             self._widen(link)
-        self._watch_link(link)
+            self._watch_link(link)
         wanted = {name for c in self.children for name in c.decl.fds}
         if "pcap" in wanted and self.settings.pcap:
             self._extras["pcap"] = self._open_pcap(self.settings.pcap)
@@ -532,16 +529,17 @@ class Session:
     def _watch_link(self, fd: int) -> None:
         """Be told of the link's end, and never of a frame: an epoll that asks for errors only, inside ours.
 
-        A closed peer of a connected SOCK_DGRAM cannot be seen; of SOCK_SEQPACKET, and a removed tap, it can.
+        For SOCK_SEQPACKET. A closed peer of SOCK_DGRAM cannot be seen, and a tap tells of its end as if a frame had
+        come, so that whoever waits for the end would be woken by frames too.
         """
-        self._link_end = select.epoll()
-        self._link_end.register(fd, select.EPOLLRDHUP)  # EPOLLHUP and EPOLLERR are always told
+        self._link_end = end = select.epoll()
+        end.register(fd, select.EPOLLRDHUP)  # EPOLLHUP and EPOLLERR are always told
 
         def gone() -> None:
-            self.unwatch(self._link_end.fileno())
-            self._link_gone()
+            self.unwatch(end.fileno())
+            self.end("the guest closed the link")
 
-        self.watch(self._link_end.fileno(), gone)
+        self.watch(end.fileno(), gone)
 
     def _open_pcap(self, path: str) -> int:
         try:

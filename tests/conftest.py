@@ -21,7 +21,9 @@ import netlab  # noqa: E402
 from netlab import SERVER, Attached, Netns, PlainUser  # noqa: E402
 
 # Tests that CI may skip: node id (or a prefix of it) -> why. A skip that is not listed here fails the run.
-SKIPS_ALLOWED_IN_CI: dict[str, str] = {}
+SKIPS_ALLOWED_IN_CI: dict[str, str] = {
+    "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[1500-offset]": "kernels before 6.9 cannot; 'discard' is tested",
+}
 
 _RUN = "RINGNET_TEST_RUN"  # in the environment of this run's processes, workers included
 _CHILD = "RINGNET_TEST_CHILD"  # in the environment of what tests start, so only there

@@ -45,8 +45,9 @@ def unique(role: str) -> str:
 def sh(*argv: str | os.PathLike[str], check: bool = True, timeout: float = DEADLINE,
        input: str | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; a failure carries what it printed."""
-    done = subprocess.run([os.fspath(a) for a in argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=timeout, input=input, stdin=subprocess.DEVNULL if input is None else None, env=env)
+    stdin = subprocess.DEVNULL if input is None else None
+    done = subprocess.run([os.fspath(a) for a in argv], text=True, capture_output=True, timeout=timeout, input=input,
+                          stdin=stdin, env=env)
     if check and done.returncode:
         raise AssertionError(f"{argv}: status {done.returncode}\n{done.stdout}{done.stderr}")
     return done
@@ -151,9 +152,12 @@ def netns_of_ours(pid: int | None = None) -> list[str]:
 
 
 def reap() -> list[str]:
-    """Remove namespaces whose maker is gone (a run that was killed); returns their names."""
+    """Remove namespaces whose maker is gone (a run that was killed), and end what runs there; returns their names."""
     dead = [n for n in netns_of_ours() if not Path(f"/proc/{owner(n)}").exists()]
     for name in dead:
+        for pid in sh("ip", "netns", "pids", name, check=False).stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         remove_netns(name)
     return dead
 
@@ -161,12 +165,12 @@ def reap() -> list[str]:
 class Program:
     """A child process with its output in a file; always ended, and reaped, at the end of the `with` block."""
 
-    def __init__(self, argv: Sequence[str], log: Path, *, pass_fds: Sequence[int] = (), env: dict[str, str] | None = None,
-                 cwd: Path | None = None) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, *, pass_fds: Sequence[int] = (),
+                 env: dict[str, str] | None = None) -> None:
         self.argv, self.log = list(argv), log
         with open(log, "wb") as out:
             self.process = subprocess.Popen(self.argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                            pass_fds=pass_fds, env=env or run_env(), cwd=cwd, start_new_session=True)
+                                            pass_fds=pass_fds, env=env or run_env(), start_new_session=True)
         self.pid = self.process.pid
         self.pidfd = os.pidfd_open(self.pid)
 

@@ -22,8 +22,9 @@ def nested(tmp_path: Path, body: str, **env: str) -> subprocess.CompletedProcess
         f"import importlib.util\nspec = importlib.util.spec_from_file_location('rules', {str(CONFTEST)!r})\n"
         "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
         "globals().update({k: v for k, v in vars(module).items() if not k.startswith('__')})\n")
-    return subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1"], cwd=tmp_path, text=True,
-                          env={**clean, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100)
+    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1"]
+    return subprocess.run(argv, cwd=tmp_path, text=True, env={**clean, **env}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=100)
 
 
 SKIPPED = "import pytest\ndef test_a():\n    pytest.skip('no such thing here')\ndef test_b():\n    pass\n"

@@ -68,7 +68,8 @@ def imports(source: str, importer: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{importer}: relative import in line {node.lineno}"
             # `from pipeline import x` names a module by its last word
-            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module in ("pipeline", "shm") else {node.module}
+            package = node.module in ("pipeline", "shm")
+            found |= {f"{node.module}.{a.name}" for a in node.names} if package else {node.module}
     return {name for name in found if name.partition(".")[0] in ("pipeline", "shm", "tools", "tests", "netlab")}
 
 

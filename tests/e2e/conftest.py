@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from e2e.dns_server import Answer, DnsServer
 from netlab import SERVER, Netns, Program, run_env
+
+from e2e.dns_server import Answer, DnsServer
 
 
 @pytest.fixture

@@ -59,8 +59,8 @@ def test_config_file(tmp_path: Path, toml: str, says: str) -> None:
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize(("target", "says"), [("/run/netns/no-such-namespace", "no-such-namespace"), ("4194305", "4194305"),
-                                              ("/dev/null", "/dev/null")])
+@pytest.mark.parametrize(("target", "says"), [("/run/netns/no-such-namespace", "no-such-namespace"),
+                                              ("4194305", "4194305"), ("/dev/null", "/dev/null")])
 def test_a_namespace_that_is_none(host_ns: Netns, target: str, says: str) -> None:
     fails(host_ns.argv(*RINGNET, "attach", target, "--tap", "tap0"), FAILED, says)
 

@@ -46,8 +46,9 @@ def nothing_left(host: Netns, pids: list[int], shm_before: set[str]) -> None:
 def run_in_guest(host_ns: Netns, tmp_path: Path):
     """A `ringnet run` whose command waits; gives (program, inode of the guest's network namespace)."""
     r, w = os.pipe()
-    with Program(host_ns.argv(*RINGNET, "run", "--", "sh", "-c", f'echo "$(readlink /proc/self/ns/net)" >/dev/fd/{w}; exec sleep 1000'),
-                 tmp_path / "run.log", pass_fds=(w,)) as program:
+    script = f'echo "$(readlink /proc/self/ns/net)" >/dev/fd/{w}; exec sleep 1000'
+    with Program(host_ns.argv(*RINGNET, "run", "--", "sh", "-c", script), tmp_path / "run.log",
+                 pass_fds=(w,)) as program:
         os.close(w)
         yield program, program.wait_word(r, "the command did not start")
         os.close(r)

@@ -4,8 +4,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from e2e.dns_server import zone
 from netlab import GATEWAY, HOST_NAME, SERVER, Attached, Netns
+
+from e2e.dns_server import zone
 
 pytestmark = pytest.mark.netns
 
@@ -17,7 +18,8 @@ def dig(guest: Netns, *args: str) -> str:
 
 
 @pytest.mark.parametrize("transport", ["+notcp", "+tcp"])
-def test_dig_asks_the_upstream(transport: str, dns_upstream: Callable, guest_session: Attached, guest_ns: Netns) -> None:
+def test_dig_asks_the_upstream(transport: str, dns_upstream: Callable, guest_session: Attached,
+                               guest_ns: Netns) -> None:
     upstream = dns_upstream("127.0.0.1", zone(WWW))
     assert dig(guest_ns, transport, "+short", "www.example").strip() == "192.0.2.80"
     assert [(name, kind) for _, name, kind in upstream.asked] == [("www.example.", "A")]
@@ -68,7 +70,7 @@ def test_the_hosts_table(attach: Callable[..., Attached], guest_ns: Netns) -> No
 
 @pytest.mark.parametrize("server", ["127.0.0.1", "203.0.113.53"], ids=["port closed", "no route"])
 @pytest.mark.parametrize("transport", ["+notcp", "+tcp"])
-def test_a_dead_upstream_is_servfail_at_once(server: str, transport: str, host_ns: Netns, attach: Callable[..., Attached],
+def test_a_dead_upstream_is_servfail_at_once(server: str, transport: str, attach: Callable[..., Attached],
                                              guest_ns: Netns) -> None:
     attach("-D", server)
     out = dig(guest_ns, transport, "+time=4", "www.example")

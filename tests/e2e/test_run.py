@@ -60,7 +60,8 @@ def test_a_command_that_does_not_exist(ringnet) -> None:
 
 
 def test_without_a_command_it_runs_the_shell(host_ns: Netns) -> None:
-    done = sh(*host_ns.argv(*RINGNET, "run"), input="ip -4 addr show\nexit 3\n", check=False, env=run_env(SHELL="/bin/sh"))
+    done = sh(*host_ns.argv(*RINGNET, "run"), input="ip -4 addr show\nexit 3\n", check=False,
+              env=run_env(SHELL="/bin/sh"))
     assert done.returncode == 3, done.stderr
     assert f"inet {GUEST}/24" in done.stdout
 
@@ -94,7 +95,8 @@ def test_a_locked_tun_device_names_the_fix(plain_user: PlainUser, host_ns: Netns
 
 def test_the_gateway_is_not_the_hosts_loopback_if_told_so(host_ns: Netns, port: int) -> None:
     script = f"curl -sS --max-time 20 http://{HOST_NAME}:{port}/"
-    done = sh(*host_ns.argv(*RINGNET, "run", "--no-host-loopback", "--", "sh", "-c", script), check=False, env=run_env())
+    done = sh(*host_ns.argv(*RINGNET, "run", "--no-host-loopback", "--", "sh", "-c", script), check=False,
+              env=run_env())
     assert done.returncode == 7, done  # curl: could not connect, and not its timeout (28)
 
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,8 @@ def test_one_gib_up(guest_session: Attached, guest_ns: Netns, nginx: tuple[str, 
     source, arrived = tmp_path / "source", root / "arrived"
     try:
         want = pseudorandom(source, SIZE, b"up")
-        out = guest_ns.run("curl", "-sS", "--fail", "--max-time", "600", "-w", "%{http_code} %{size_upload}", "-T", source,
-                           f"http://{address}:{port}/arrived", timeout=700).stdout
+        out = guest_ns.run("curl", "-sS", "--fail", "--max-time", "600", "-w", "%{http_code} %{size_upload}",
+                           "-T", source, f"http://{address}:{port}/arrived", timeout=700).stdout
         assert out == f"201 {SIZE}"
         assert (arrived.stat().st_size, sha256_file(arrived)) == (SIZE, want)
     finally:
@@ -46,10 +48,14 @@ def test_one_gib_up(guest_session: Attached, guest_ns: Netns, nginx: tuple[str, 
 
 
 @pytest.mark.xdist_group("bulk")
-@pytest.mark.parametrize("mtu", [576, 1500, 65520])
-def test_both_ways_at_once_at_other_mtus(attach, guest_ns: Netns, nginx: tuple[str, int, Path], tmp_path: Path,
-                                         mtu: int) -> None:
-    attach(mtu=mtu)
+@pytest.mark.parametrize(("mtu", "peek"), [(576, "auto"), (1500, "offset"), (1500, "discard"), (4000, "discard"),
+                                           (65520, "auto")])
+def test_both_ways_at_once(attach: Callable[..., Attached], guest_ns: Netns, nginx: tuple[str, int, Path],
+                           tmp_path: Path, mtu: int, peek: str) -> None:
+    """At other MTUs, and by both ways of reading again what the guest has not acknowledged."""
+    if peek == "offset" and tuple(map(int, os.uname().release.split(".")[:2])) < (6, 9):
+        pytest.skip("SO_PEEK_OFF on TCP needs Linux 6.9")
+    attach("--peek", peek, mtu=mtu)
     address, port, root = nginx
     size = 32 << 20
     want_down, want_up = pseudorandom(root / "body", size, b"d"), pseudorandom(tmp_path / "source", size, b"u")

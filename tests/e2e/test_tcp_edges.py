@@ -40,8 +40,8 @@ def test_half_close_of_the_guest(host: Netns, guest_ns: Netns) -> None:
         connection.sendall(hashlib.sha256(got).hexdigest().encode() + bytes(1_000_000))
 
     with serving(host.listen(SERVER), serve) as (address, port):
-        done = subprocess.run(guest_ns.argv("socat", "-t60", "-", f"TCP4:{address}:{port}"), input=sent, timeout=DEADLINE,
-                              capture_output=True, env=run_env())
+        done = subprocess.run(guest_ns.argv("socat", "-t60", "-", f"TCP4:{address}:{port}"), input=sent,
+                              timeout=DEADLINE, capture_output=True, env=run_env())
     assert done.returncode == 0, done.stderr
     assert done.stdout[:64].decode() == hashlib.sha256(sent).hexdigest()
     assert done.stdout[64:] == bytes(1_000_000)

@@ -59,6 +59,8 @@ class Segment:
     data: bytes
     mss: int | None = None
     wscale: int | None = None
+    sack_ok: bool = False
+    sack: tuple[tuple[int, int], ...] = ()
 
     @property
     def end(self) -> int:
@@ -92,10 +94,11 @@ class GuestTcp:
     only in connect(), push(), pull() and the like, never behind a test's back."""
 
     def __init__(self, link: socket.socket, port: int, dst: str = GATEWAY, *, sport: int | None = None,
-                 isn: int = 1000, mss: int | None = 1460, wscale: int | None = 7, wnd: int = 65535) -> None:
+                 isn: int = 1000, mss: int | None = 1460, wscale: int | None = 7, wnd: int = 65535,
+                 sack: bool = False) -> None:
         self.link, self.port, self.dst = link, port, dst
         self.sport = sport or 1024 + next(_ports) % 60000
-        self.isn, self.mss, self.wscale, self.wnd = isn & M32, mss, wscale, wnd
+        self.isn, self.mss, self.wscale, self.wnd, self.sack = isn & M32, mss, wscale, wnd, sack
         self.snd_nxt = self.isn
         self.rcv_nxt = 0
         self.irs = 0
@@ -128,6 +131,7 @@ class GuestTcp:
             return None
         assert checksum(pseudo(self.dst, GUEST, 6, len(raw)) + raw) == 0, "bad TCP checksum from the pipeline"
         hlen, mss, wscale, at = (off >> 4) * 4, None, None, 20
+        sack_ok, sack = False, ()
         while at < hlen and raw[at]:
             if raw[at] == 1:
                 at += 1
@@ -136,8 +140,13 @@ class GuestTcp:
                 mss = struct.unpack("!H", raw[at + 2:at + 4])[0]
             elif raw[at] == 3:
                 wscale = raw[at + 2]
+            elif raw[at] == 4:
+                sack_ok = True
+            elif raw[at] == 5:
+                w = struct.unpack(f"!{(raw[at + 1] - 2) // 4}I", raw[at + 2:at + raw[at + 1]])
+                sack = tuple(zip(w[::2], w[1::2], strict=True))
             at += raw[at + 1]
-        return Segment(seq, ack, flags, wnd, raw[hlen:], mss, wscale)
+        return Segment(seq, ack, flags, wnd, raw[hlen:], mss, wscale, sack_ok, sack)
 
     def expect(self, flags: int, mask: int = FIN | SYN | RST | ACK, timeout: float = 5.0) -> Segment:
         """Next segment must have these of the flags in @mask."""
@@ -167,6 +176,7 @@ class GuestTcp:
 
     def syn_options(self) -> bytes:
         o = b"" if self.mss is None else struct.pack("!BBH", 2, 4, self.mss)
+        o += b"\x01\x01\x04\x02" if self.sack else b""
         return o + (b"" if self.wscale is None else struct.pack("!BBBB", 1, 3, 3, self.wscale))
 
     def connect(self, data: bytes = b"") -> Segment:

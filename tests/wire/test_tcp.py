@@ -513,17 +513,80 @@ def test_pending_connects_are_bounded_and_the_rest_is_answered(make_wire):
             s.close()
 
 
+def sack_option(*blocks: tuple[int, int]) -> bytes:
+    return struct.pack("!BBBB", 1, 1, 5, 2 + 8 * len(blocks)) + b"".join(
+        struct.pack("!II", lo & M32, hi & M32) for lo, hi in blocks)
+
+
+def test_sack_is_agreed_only_if_the_guest_offers_it(wire):
+    """RFC 2018 2."""
+    with listener() as srv:
+        port = srv.getsockname()[1]
+        assert GuestTcp(wire.sock, port, sack=True).connect().sack_ok
+        assert not GuestTcp(wire.sock, port).connect().sack_ok
+
+
+def test_sack_blocks_tell_what_is_parked_latest_first(wire):
+    """RFC 2018 4: the first block holds the segment that triggered the ACK."""
+    with connection(wire, sack=True) as (g, host):
+        start = g.snd_nxt
+        g.send(ACK, b"c" * 10, seq=start + 20)
+        assert g.expect(ACK).sack == ((start + 20, start + 30),)
+        g.send(ACK, b"e" * 10, seq=start + 40)
+        assert g.expect(ACK).sack == ((start + 40, start + 50), (start + 20, start + 30))
+        g.send(ACK, b"d" * 10, seq=start + 30)
+        assert g.expect(ACK).sack == ((start + 20, start + 50),)
+        g.send(ACK, b"a" * 20, seq=start)
+        ack = g.wait_ack(start + 50)
+        assert ack.sack == ()
+        assert read_exactly(host, 50) == b"a" * 20 + b"c" * 10 + b"d" * 10 + b"e" * 10
+
+
+def test_sack_resends_the_holes_and_only_them(wire):
+    """RFC 6675 4, 5: two segments of eight lost; the guest says so once, both come again, nothing else does."""
+    with connection(wire, mss=1000, sack=True) as (g, host):
+        host.sendall(b"".join(bytes([65 + k]) * 1000 for k in range(8)))
+        segs = [g.recv() for _ in range(8)]
+        g.send(ACK, ack=segs[0].end)  # 1 and 4 are lost
+        one, five = (segs[2].seq, segs[3].end), (segs[5].seq, segs[7].end)
+        g.send(ACK, ack=segs[0].end, opts=sack_option(one))
+        g.send(ACK, ack=segs[0].end, opts=sack_option(five, one))
+        again = [g.expect(ACK), g.expect(ACK)]
+        assert [(s.seq, s.data) for s in again] == [(segs[1].seq, segs[1].data), (segs[4].seq, segs[4].data)]
+        g.rcv_nxt = segs[7].end
+        g.send(ACK)
+        assert g.fence() == []
+
+
+def test_nonsense_sack_blocks_are_ignored(wire):
+    """RFC 2018 3: left of snd_una, right of snd_max, turned round, cut."""
+    with connection(wire, mss=1000, sack=True) as (g, host):
+        host.sendall(b"z" * 3000)
+        segs = [g.recv() for _ in range(3)]
+        for opt in (sack_option((segs[0].seq - 500, segs[0].seq)), sack_option((segs[2].end + 1, segs[2].end + 900)),
+                    sack_option((segs[2].end, segs[1].seq)), b"\x05\x0a\x00\x00", b"\x05\x01", b"\x05\xff"):
+            g.send(ACK, ack=segs[0].end, opts=opt)
+            g.rcv_nxt = segs[0].end
+            g.send(ACK, wnd=g.wnd - 1 if opt else g.wnd)  # a window update between: no three duplicates in a row
+        g.rcv_nxt = segs[2].end
+        g.send(ACK)
+        host.sendall(b"on")
+        seg = g.recv()
+        while seg.data != b"on":
+            seg = g.recv()
+
+
 chunks = st.lists(st.integers(1, 900), min_size=1, max_size=24)
 
 
 @pytest.mark.parametrize("wire", [{"peek": "offset"}, {"peek": "discard"}], indirect=True, ids=["offset", "discard"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sizes=chunks, seed=st.integers(0, 2**32 - 1), isn=st.sampled_from([0, 1, M32, M32 - 5000, 2**31 - 3000]))
-def test_any_order_any_repetition_of_guest_segments_delivers_the_stream(wire, sizes, seed, isn):
+@given(sizes=chunks, seed=st.integers(0, 2**32 - 1), sack=st.booleans(), isn=st.sampled_from([0, 1, M32, M32 - 5000, 2**31 - 3000]))
+def test_any_order_any_repetition_of_guest_segments_delivers_the_stream(wire, sizes, seed, sack, isn):
     """I1, I7: what the guest wrote is what the host reads, whatever order and however often segments come."""
     rnd = random.Random(seed)
     data = rnd.randbytes(sum(sizes))
-    with connection(wire, isn=isn) as (g, host):
+    with connection(wire, isn=isn, sack=sack) as (g, host):
         start, at, segs = g.snd_nxt, 0, []
         for n in sizes:
             lo, hi = max(0, at - rnd.randrange(0, 40)), min(len(data), at + n + rnd.randrange(0, 40))

@@ -1,0 +1,159 @@
+/* tcp_sack.c - selective acknowledgement (RFC 2018), both ways.
+ *
+ * As receiver we tell the guest which early segments are parked; nothing that was told is dropped again (no reneging:
+ * the bound of parked bytes refuses segments before they are told).
+ *
+ * As sender we keep the ranges the guest holds, sorted and apart, and resend the holes below the highest, each once (a
+ * simple form of RFC 6675's NextSeg(); there is no pipe to fill: the guest's window is the only limit). A timeout forgets the ranges (RFC 2018 8), later ACKs tell them again.
+ */
+#include "rn_view.h"
+#include "tcp_internal.h"
+
+/**
+ * tcp_sack_option() - Blocks for an ACK
+ * @opt:	at least 36 bytes
+ *
+ * The block of the segment that came last goes first (RFC 2018 4). Return: bytes written, a multiple of 4; 0: none.
+ */
+uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+	uint32_t last = e->tcp->flow[i].sack_last, edge = f->up.rcv_nxt, n = 0;
+	struct tcp_range r[TCP_SACK_BLOCKS];
+
+	if (!(p->flags & F_SACK))
+		return 0;
+	for (struct eg_parked *k = p->parked; k;) {
+		struct tcp_range b = { k->seq, k->seq + k->len };
+
+		for (k = k->next; k && SEQ_LE(k->seq, b.hi); k = k->next)
+			if (SEQ_GT(k->seq + k->len, b.hi))
+				b.hi = k->seq + k->len;
+		if (SEQ_LE(b.lo, edge)) /* in order, only not taken yet: no hole before it */
+			continue;
+		if (SEQ_LE(b.lo, last) && SEQ_LT(last, b.hi) && n) {
+			if (n < TCP_SACK_BLOCKS)
+				n++;
+			r[n - 1] = r[0];
+			r[0] = b;
+		} else if (n < TCP_SACK_BLOCKS) {
+			r[n++] = b;
+		}
+	}
+	if (!n)
+		return 0;
+	opt[0] = opt[1] = RN_TCPOPT_NOP;
+	opt[2] = RN_TCPOPT_SACK;
+	opt[3] = (uint8_t)(2 + 8 * n);
+	for (uint32_t k = 0; k < n; k++) {
+		rn_put32(opt + 4 + 8 * k, r[k].lo);
+		rn_put32(opt + 8 + 8 * k, r[k].hi);
+	}
+	return 4 + 8 * n;
+}
+
+/* Add a range: merge with what it touches; with all places taken the last one (farthest away) goes. */
+static void add_range(struct tcp_flow *x, struct tcp_range b)
+{
+	struct tcp_range out[TCP_SACK_RANGES + 1];
+	uint32_t n = 0;
+	int put = 0;
+
+	for (uint32_t k = 0; k < x->nsacked; k++) {
+		struct tcp_range a = x->sacked[k];
+
+		if (SEQ_LT(a.hi, b.lo)) {
+			out[n++] = a;
+		} else if (SEQ_LT(b.hi, a.lo)) {
+			if (!put)
+				out[n++] = b;
+			put = 1;
+			out[n++] = a;
+		} else { /* they touch */
+			if (SEQ_LT(a.lo, b.lo))
+				b.lo = a.lo;
+			if (SEQ_GT(a.hi, b.hi))
+				b.hi = a.hi;
+		}
+	}
+	if (!put)
+		out[n++] = b;
+	x->nsacked = (uint8_t)(n > TCP_SACK_RANGES ? TCP_SACK_RANGES : n);
+	memcpy(x->sacked, out, x->nsacked * sizeof(out[0]));
+}
+
+/**
+ * tcp_sack_input() - Take the blocks of an acceptable ACK, after snd_una was moved
+ * Return: bytes the guest holds above snd_una.
+ */
+uint32_t tcp_sack_input(struct egress *e, uint32_t i, const uint8_t *th, uint32_t hlen)
+{
+	struct rn_flow *f = eg_flow(e, i);
+	struct tcp_flow *x = &e->tcp->flow[i];
+	struct rn_view v = { .data = th, .len = hlen };
+	uint32_t at = RN_TCP_HLEN, una = f->down.snd_una, k, n, sum = 0;
+
+	for (k = n = 0; k < x->nsacked; k++) { /* what snd_una has passed is no range any more */
+		struct tcp_range r = x->sacked[k];
+
+		if (SEQ_LE(r.hi, una))
+			continue;
+		if (SEQ_LT(r.lo, una))
+			r.lo = una;
+		x->sacked[n++] = r;
+	}
+	x->nsacked = (uint8_t)n;
+	while (at < hlen) {
+		const uint8_t *o = rn_view_get(&v, at, 1), *l;
+
+		if (!o || o[0] == RN_TCPOPT_EOL)
+			break;
+		if (o[0] == RN_TCPOPT_NOP) {
+			at++;
+			continue;
+		}
+		l = rn_view_get(&v, at + 1, 1);
+		if (!l || l[0] < 2)
+			break;
+		o = rn_view_get(&v, at, l[0]);
+		if (!o)
+			break;
+		if (o[0] == RN_TCPOPT_SACK)
+			for (k = 2; k + 8 <= o[1]; k += 8) {
+				struct tcp_range r = { rn_get32(o + k), rn_get32(o + k + 4) };
+
+				/* Only what is in flight: also keeps D-SACK (RFC 2883) and nonsense out. */
+				if (SEQ_LT(una, r.lo) && SEQ_LT(r.lo, r.hi) && SEQ_LE(r.hi, f->down.snd_max))
+					add_range(x, r);
+			}
+		at += o[1];
+	}
+	for (k = 0; k < x->nsacked; k++)
+		sum += x->sacked[k].hi - x->sacked[k].lo;
+	return sum;
+}
+
+/**
+ * tcp_sack_hole() - First range at or behind @seq that the guest does not hold
+ * @end:	written: its end, at most snd_max
+ * @below:	1: only holes below the highest range the guest holds
+ * Return: its start; == *end if there is none.
+ */
+uint32_t tcp_sack_hole(struct egress *e, uint32_t i, uint32_t seq, uint32_t *end, int below)
+{
+	struct tcp_flow *x = &e->tcp->flow[i];
+
+	*end = eg_flow(e, i)->down.snd_max;
+	for (uint32_t k = 0; k < x->nsacked; k++) {
+		if (SEQ_LT(seq, x->sacked[k].lo)) {
+			*end = x->sacked[k].lo;
+			return seq;
+		}
+		if (SEQ_LT(seq, x->sacked[k].hi))
+			seq = x->sacked[k].hi;
+	}
+	if (below || SEQ_GT(seq, *end))
+		*end = seq;
+	return seq;
+}
