@@ -265,6 +265,131 @@ static void publish_counters(struct rn_stage *s)
 		atomic_store_explicit(&s->cell->counters[i], s->c[i], memory_order_relaxed);
 }
 
+/* Into the ring; not visible before it is published. */
+static void put(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, uint32_t len, uint16_t flags)
+{
+	struct rn_desc d = {
+		.off = rn_buf_off(&s->pool, eth),
+		.len = len,
+		.flags = flags,
+		.gen = (uint16_t)b->gen,
+	};
+
+	atomic_store_explicit(&b->holder, s->out_row[role] + 1, memory_order_relaxed);
+	rn_ring_put(&s->out[role], &d);
+}
+
+int rn_stage_set_impair(struct rn_stage *s, int where, const struct rn_impair_spec *spec)
+{
+	if (where < 0 || where > RN_NROLES || (where < RN_NROLES && !s->has_out[where]) || s->impair[where])
+		return rn_fail(s, -EINVAL, "impairment of output %d: no such output, or given twice", where);
+	if (rn_impair_check(spec))
+		return rn_fail(s, -EINVAL, "impairment of output %d: a number is out of range", where);
+	s->impair[where] = rn_impair_new(spec, rn_now_ns());
+	if (!s->impair[where])
+		return rn_fail(s, -ENOMEM, "impairment: out of memory");
+	s->impaired = 1;
+	return 0;
+}
+
+uint64_t rn_stage_impair_held(const struct rn_stage *s)
+{
+	uint64_t held = 0;
+
+	for (uint32_t i = 0; s->impaired && i <= RN_NROLES; i++)
+		if (s->impair[i]) {
+			struct rn_impair_stat st;
+
+			rn_impair_stat(s->impair[i], &st);
+			held += st.held;
+		}
+	return held;
+}
+
+/* When the next bad wire wants a look, ns. By the turn's clock: a stall that this turn saw, and that ended since,
+ * is a deadline that has passed, not one that is gone. */
+static uint64_t impair_due(const struct rn_stage *s)
+{
+	uint64_t due = UINT64_MAX;
+
+	for (uint32_t i = 0; s->impaired && i <= RN_NROLES; i++) {
+		uint64_t at;
+
+		if (!s->impair[i] || s->impair_stuck[i])
+			continue;
+		at = rn_impair_due(s->impair[i], s->now);
+		if (at < due)
+			due = at;
+	}
+	return due;
+}
+
+void rn_stage_impair_feed(struct rn_stage *s, struct rn_impair *im, const uint8_t *eth, uint32_t len, uint16_t flags,
+			  const void *side)
+{
+	int did = rn_impair_feed(im, s->now, eth - RN_VNET_HLEN, len, flags, side);
+
+	s->c[RN_C_impair_dropped] += !!(did & RN_IMPAIRED_DROP);
+	s->c[RN_C_impair_duplicated] += !!(did & RN_IMPAIRED_DUP);
+	s->c[RN_C_impair_reordered] += !!(did & RN_IMPAIRED_REORDER);
+	s->c[RN_C_impair_delayed] += !!(did & RN_IMPAIRED_DELAY);
+	s->c[RN_C_impair_corrupted] += !!(did & RN_IMPAIRED_CORRUPT);
+	s->c[RN_C_impair_truncated] += !!(did & RN_IMPAIRED_TRUNCATE);
+}
+
+/* A buffer of our own part for a frame of @len bytes, or NULL: want_buf is set. */
+static struct rn_buf *buf_for(struct rn_stage *s, uint32_t len)
+{
+	struct rn_buf *b = len <= RN_SMALL_FRAME_MAX ? rn_buf_alloc(&s->pool, RN_SMALL) : NULL;
+
+	if (!b)
+		b = rn_buf_alloc(&s->pool, RN_LARGE);
+	if (!b)
+		s->want_buf = 1;
+	return b;
+}
+
+/* What is due on a bad wire goes into its ring, as far as there is room, and buffers. */
+static void impair_flush(struct rn_stage *s, uint32_t role)
+{
+	struct rn_impair *im = s->impair[role];
+	struct rn_impair_frame f;
+
+	while (rn_impair_peek(im, s->now, s->draining, &f)) {
+		struct rn_buf *b;
+		uint8_t *eth;
+
+		if (rn_ring_room(&s->out[role], 1) <= 0) { /* an impossible head is found by rn_ring_tx_arm() */
+			s->want_room[role] |= 1;
+			s->impair_stuck[role] = 1;
+			return;
+		}
+		b = buf_for(s, f.len);
+		if (!b) {
+			s->impair_stuck[role] = 1;
+			return;
+		}
+		eth = (uint8_t *)b + RN_BUF_ETH_OFF;
+		memcpy(eth - RN_VNET_HLEN, f.vnet_then_frame, RN_VNET_HLEN + f.len);
+		memcpy(&b->meta, f.side, sizeof(b->meta));
+		put(s, (int)role, b, eth, f.len, f.flags);
+		rn_impair_pop(im);
+	}
+}
+
+/* What is still held when the stage ends is lost, and counted. */
+static void impair_end(struct rn_stage *s, uint32_t where)
+{
+	struct rn_impair_stat st;
+
+	if (!s->impair[where])
+		return;
+	rn_impair_stat(s->impair[where], &st);
+	s->c[RN_C_impair_dropped] += st.held;
+	rn_impair_free(s->impair[where]);
+	s->impair[where] = NULL;
+}
+
 void rn_stage_publish(struct rn_stage *s)
 {
 	for (uint32_t i = 0; i < RN_NROLES; i++)
@@ -277,6 +402,8 @@ void rn_stage_fini(struct rn_stage *s)
 	if (s->ops && s->ops->fini)
 		s->ops->fini(s);
 	s->ops = NULL;
+	for (uint32_t i = 0; i <= RN_NROLES; i++)
+		impair_end(s, i);
 	rn_stage_publish(s);
 	publish_counters(s);
 }
@@ -289,20 +416,19 @@ void rn_stage_fini(struct rn_stage *s)
  * @eth:	Ethernet header inside @b, at least RN_VNET_HLEN behind the buffer header
  * @len:	Bytes of frame
  * @flags:	RN_DESC_*; without RN_DESC_VNET the virtio-net header is zeroed
+ *
+ * On a bad wire the frame is copied, and its buffer free at once.
  */
 void rn_stage_emit(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, uint32_t len, uint16_t flags)
 {
-	struct rn_desc d = {
-		.off = rn_buf_off(&s->pool, eth),
-		.len = len,
-		.flags = flags,
-		.gen = (uint16_t)b->gen,
-	};
-
 	if (!(flags & RN_DESC_VNET))
 		memset((uint8_t *)b + (eth - (const uint8_t *)b) - RN_VNET_HLEN, 0, RN_VNET_HLEN);
-	atomic_store_explicit(&b->holder, s->out_row[role] + 1, memory_order_relaxed);
-	rn_ring_put(&s->out[role], &d);
+	if (RN_UNLIKELY(s->impair[role])) {
+		rn_stage_impair_feed(s, s->impair[role], eth, len, flags, &b->meta);
+		rn_buf_free(&s->pool, b);
+		return;
+	}
+	put(s, role, b, eth, len, flags);
 }
 
 static int bad_output(struct rn_stage *s, int role)
@@ -333,6 +459,10 @@ int rn_stage_room(struct rn_stage *s, int role, uint32_t want)
 
 	if (role < 0 || role >= RN_NROLES || !s->has_out[role])
 		return 0;
+	if (RN_UNLIKELY(s->impair[role]) && !rn_stage_impair_open(s, s->impair[role])) {
+		s->want_room[role] |= RN_WANT_TIME;
+		return 0;
+	}
 	tx = &s->out[role];
 	room = rn_ring_room(tx, want);
 	if (RN_UNLIKELY(room < 0)) {
@@ -342,7 +472,7 @@ int rn_stage_room(struct rn_stage *s, int role, uint32_t want)
 	if ((uint32_t)room < want && want > tx->want)
 		tx->want = want; /* fewer would not be enough to wake up for */
 	if (!room)
-		s->want_room[role] = 1;
+		s->want_room[role] |= 1;
 	return room;
 }
 
@@ -369,6 +499,7 @@ void rn_stage_begin(struct rn_stage *s)
 	s->want_buf = 0;
 	s->hold_input = 0;
 	memset(s->want_room, 0, sizeof(s->want_room));
+	memset(s->impair_stuck, 0, sizeof(s->impair_stuck));
 	for (uint32_t i = 0; i < RN_NROLES; i++)
 		s->out[i].want = 0;
 	s->turn_free[RN_SMALL] = s->pool.free[RN_SMALL];
@@ -377,6 +508,9 @@ void rn_stage_begin(struct rn_stage *s)
 
 void rn_stage_end(struct rn_stage *s)
 {
+	for (uint32_t i = 0; RN_UNLIKELY(s->impaired) && i < RN_NROLES; i++)
+		if (s->impair[i])
+			impair_flush(s, i);
 	rn_stage_publish(s);
 	s->c[RN_C_turns]++;
 	if (s->want_buf)
@@ -397,7 +531,7 @@ static void disarm(struct rn_stage *s)
 	for (uint32_t i = 0; i < s->nin; i++)
 		rn_ring_rx_disarm(&s->in[i]);
 	for (uint32_t i = 0; i < RN_NROLES; i++)
-		if (s->has_out[i] && s->want_room[i])
+		if (s->has_out[i] && s->want_room[i] & 1)
 			rn_ring_tx_disarm(&s->out[i]);
 	if (s->want_buf)
 		rn_pool_disarm(&s->pool);
@@ -415,7 +549,7 @@ int rn_stage_arm(struct rn_stage *s)
 	if (s->want_buf)
 		r = rn_pool_arm(&s->pool);
 	for (uint32_t i = 0; !r && i < RN_NROLES; i++)
-		if (s->has_out[i] && s->want_room[i]) {
+		if (s->has_out[i] && s->want_room[i] & 1) {
 			r = rn_ring_tx_arm(&s->out[i]);
 			if (r < 0)
 				r = bad_output(s, (int)i);
@@ -472,6 +606,20 @@ static int timeout_ms(uint64_t deadline)
 	return ms > 3600000 ? 3600000 : (int)ms;
 }
 
+/* The stage's own next timer, or that of a bad wire of its. */
+static uint64_t deadline(struct rn_stage *s)
+{
+	uint64_t own = s->ops->deadline ? s->ops->deadline(s) : UINT64_MAX;
+	uint64_t due = RN_UNLIKELY(s->impaired) ? impair_due(s) : UINT64_MAX;
+
+	return due < own ? due : own;
+}
+
+int rn_stage_impair_wait(const struct rn_stage *s)
+{
+	return timeout_ms(impair_due(s));
+}
+
 /* Hand events to the stage, all of them: an edge is told once. 1: control is readable. */
 static int dispatch(struct rn_stage *s, const struct epoll_event *ev, int n)
 {
@@ -522,7 +670,7 @@ int rn_stage_run(struct rn_stage *s)
 		if (RN_UNLIKELY(rn_stage_stopped(s)))
 			return RN_RUN_STOPPED;
 		if (!work) {
-			if (s->draining && rings_empty(s) && (!s->ops->drained || s->ops->drained(s)))
+			if (s->draining && rings_empty(s) && !rn_stage_impair_held(s) && (!s->ops->drained || s->ops->drained(s)))
 				return RN_RUN_DRAINED;
 			again = rn_stage_arm(s);
 			if (again < 0 || s->broken)
@@ -543,7 +691,7 @@ int rn_stage_run(struct rn_stage *s)
 				return RN_RUN_SIGNAL;
 			continue;
 		}
-		n = epoll_wait(s->epfd, ev, EVENTS_MAX, s->ops->deadline ? timeout_ms(s->ops->deadline(s)) : -1);
+		n = epoll_wait(s->epfd, ev, EVENTS_MAX, timeout_ms(deadline(s)));
 		err = n < 0 ? errno : 0;
 		rn_stage_disarm(s);
 		if (RN_UNLIKELY(err == EINTR))

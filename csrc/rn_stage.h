@@ -9,6 +9,7 @@
 #define RN_STAGE_H
 
 #include "rn_arena.h"
+#include "rn_impair.h"
 #include "rn_layout.h"
 #include "rn_ring.h"
 #include "rn_session.h"
@@ -50,6 +51,13 @@ int rn_stage_set_bell(struct rn_stage *s, uint32_t row, int fd); /* the stage's 
 int rn_stage_add_input(struct rn_stage *s, void *mem, uint64_t size, uint32_t producer_row);
 int rn_stage_add_output(struct rn_stage *s, int role, void *mem, uint64_t size, uint32_t consumer_row);
 int rn_stage_set_control(struct rn_stage *s, int fd);
+/* For tests of the network: a bad wire (rn_impair.h) between this stage and output @where (enum rn_role); or,
+ * for @where == RN_IMPAIR_LINK and a stage that has one, between it and its link. After the outputs. */
+#define RN_IMPAIR_LINK 5 /* RN_NROLES */
+int rn_stage_set_impair(struct rn_stage *s, int where, const struct rn_impair_spec *spec);
+/* For a stage whose loop is not in C: frames the bad wires hold, and ms until one wants a look (-1: none). */
+uint64_t rn_stage_impair_held(const struct rn_stage *s);
+int rn_stage_impair_wait(const struct rn_stage *s);
 
 void rn_stage_state(struct rn_stage *s, int state); /* publish enum rn_stage_state */
 void rn_stage_drain(struct rn_stage *s);	     /* from now on RN_RUN_DRAINED when idle */
@@ -88,7 +96,7 @@ struct rn_stage {
 	struct rn_ring_tx out[RN_NROLES];
 	uint32_t out_row[RN_NROLES]; /* consumer's stage row */
 	uint8_t has_out[RN_NROLES];
-	uint8_t want_room[RN_NROLES]; /* turn() sets: I stopped for room in this output */
+	uint8_t want_room[RN_NROLES]; /* turn() sets: I stopped for room in this output; RN_WANT_TIME: for its wire */
 	uint8_t want_buf;	      /* turn() sets: I stopped for a buffer of my own part */
 	uint8_t hold_input;	      /* turn() sets: I will not read inputs until room or buffers appear */
 	uint8_t draining;
@@ -98,11 +106,26 @@ struct rn_stage {
 	int epfd, control;
 	struct rn_session *session;
 	struct rn_cell *cell;
+	struct rn_impair *impair[RN_NROLES + 1]; /* by role; the last is the link's. NULL: none */
+	uint8_t impair_stuck[RN_NROLES + 1];	 /* turn() sets: what is due waits for room, a buffer or the link */
+	uint8_t impaired;			 /* 1: there is one */
 	uint64_t now; /* CLOCK_MONOTONIC ns, read once a turn */
 	uint64_t c[RN_NCOUNTERS];
 	uint64_t wakes_before; /* doorbells rung by earlier generations */
 	char error[256];
 };
+
+#define RN_WANT_TIME 2u /* want_room: not for a slot, for the end of a stall */
+_Static_assert(RN_IMPAIR_LINK == RN_NROLES, "one place behind the outputs");
+
+/* Feed a bad wire of this stage, with counters. */
+void rn_stage_impair_feed(struct rn_stage *s, struct rn_impair *im, const uint8_t *eth, uint32_t len, uint16_t flags,
+			  const void *side);
+/* May it be fed? While draining always: what waits is let out at once. */
+static inline int rn_stage_impair_open(const struct rn_stage *s, const struct rn_impair *im)
+{
+	return s->draining || rn_impair_open(im, s->now);
+}
 
 /* Set the error text; returns @err, so that `return rn_fail(s, -EPROTO, "...")` reads well. */
 int rn_fail(struct rn_stage *s, int err, const char *fmt, ...) __attribute__((format(printf, 3, 4)));

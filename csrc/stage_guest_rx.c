@@ -9,6 +9,9 @@
  * refuses for good is dropped and counted: its interface is down or gone (drop_link_down), or it cannot
  * take such a frame (drop_link_write).
  *
+ * On a bad wire (rn_impair.h) a frame taken from a ring is held there in private memory, its buffer free at
+ * once, and written when its time has come; a full link or a stall stops the taking as above.
+ *
  * The virtio-net header was written by the producer; a link without such headers can carry neither partial
  * checksums nor super-frames, so a frame that asks for them is an error of ours and drop_link_write.
  *
@@ -69,30 +72,19 @@ static int fits(const struct stage_guest_rx *g, const uint8_t *eth, uint32_t len
 	return len >= RN_ETH_HLEN && (len <= g->link.frame_max || vnet.gso_type != RN_VNET_GSO_NONE);
 }
 
-/* One descriptor. 1: done with it; 0: the link is full, it stays in the ring. */
-static int write_one(struct rn_stage *s, struct stage_guest_rx *g, const struct rn_desc *d)
+/* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
+static int write_link(struct rn_stage *s, struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
 {
-	struct rn_buf *b = rn_buf_of(&s->pool, d);
-	const uint8_t *eth;
-	int err;
+	int err = fits(g, eth, len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
 
-	if (RN_UNLIKELY(!b)) {
-		s->c[RN_C_frames_in]++;
-		s->c[RN_C_drop_bad_descriptor]++;
-		return 1;
-	}
-	eth = s->pool.base + d->off;
-	err = fits(g, eth, d->len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, d->len) : -EMSGSIZE;
-	if (err == -EAGAIN)
-		return 0;
-	s->c[RN_C_frames_in]++;
-	s->c[RN_C_bytes_in] += d->len;
 	switch (err) {
+	case -EAGAIN:
+		return 0;
 	case 0:
 		s->c[RN_C_frames_out]++;
-		s->c[RN_C_bytes_out] += d->len;
+		s->c[RN_C_bytes_out] += len;
 		if (g->pcap)
-			rn_pcap_frame(g->pcap, eth, d->len);
+			rn_pcap_frame(g->pcap, eth, len);
 		break;
 	case -EIO: /* tap: not up */
 	case -ENETDOWN:
@@ -109,24 +101,67 @@ static int write_one(struct rn_stage *s, struct stage_guest_rx *g, const struct 
 	default:
 		s->c[RN_C_drop_link_write]++;
 	}
+	return 1;
+}
+
+/* One descriptor. 1: done with it; 0: the link is full, it stays in the ring. */
+static int take_one(struct rn_stage *s, struct stage_guest_rx *g, const struct rn_desc *d)
+{
+	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
+	struct rn_buf *b = rn_buf_of(&s->pool, d);
+	const uint8_t *eth;
+
+	if (RN_UNLIKELY(!b)) {
+		s->c[RN_C_frames_in]++;
+		s->c[RN_C_drop_bad_descriptor]++;
+		return 1;
+	}
+	eth = s->pool.base + d->off;
+	if (RN_UNLIKELY(im))
+		rn_stage_impair_feed(s, im, eth, d->len, d->flags, NULL);
+	else if (!write_link(s, g, eth, d->len))
+		return 0;
+	s->c[RN_C_frames_in]++;
+	s->c[RN_C_bytes_in] += d->len;
 	g->spent[g->nspent++] = b;
 	return 1;
+}
+
+/* What is due on the bad wire, at least as much as a turn can put there; *err: the link could not be watched. */
+static int arrived(struct rn_stage *s, struct stage_guest_rx *g, struct rn_impair *im, int *err)
+{
+	struct rn_impair_frame f;
+	int n;
+
+	for (n = 0; n < (int)(2 * RN_INPUTS_MAX * BURST) && !g->blocked && rn_impair_peek(im, s->now, s->draining, &f); n++) {
+		if (!write_link(s, g, f.vnet_then_frame + RN_VNET_HLEN, f.len)) {
+			*err = wait_writable(s, g);
+			break;
+		}
+		rn_impair_pop(im);
+	}
+	s->impair_stuck[RN_IMPAIR_LINK] = (uint8_t)g->blocked;
+	return n;
 }
 
 static int guest_rx_turn(struct rn_stage *s)
 {
 	struct stage_guest_rx *g = s->priv;
+	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
 	uint32_t start = s->next_in;
-	int did = 0, err = 0;
+	int did = 0, err = 0, closed = 0;
 
-	for (uint32_t j = 0; j < s->nin && !g->blocked; j++) {
+	for (uint32_t j = 0; j < s->nin && !g->blocked && !closed; j++) {
 		uint32_t i = (start + j) % s->nin;
 		uint32_t n = (uint32_t)rn_stage_peek(s, i, BURST), k;
 
 		for (k = 0; k < n; k++) {
 			struct rn_desc d = rn_ring_at(&s->in[i], k);
 
-			if (!write_one(s, g, &d)) {
+			closed = im && !rn_stage_impair_open(s, im);
+			if (RN_UNLIKELY(closed))
+				break;
+			if (!take_one(s, g, &d)) {
 				err = wait_writable(s, g);
 				break;
 			}
@@ -143,8 +178,10 @@ static int guest_rx_turn(struct rn_stage *s)
 			s->next_in = (i + 1) % s->nin;
 		did += (int)k;
 	}
-	/* Frames wait, but for the link: neighbours need not wake us. */
-	s->hold_input = (uint8_t)g->blocked;
+	if (RN_UNLIKELY(im))
+		did += arrived(s, g, im, &err);
+	/* Frames wait, but for the link or the end of a stall: neighbours need not wake us. */
+	s->hold_input = (uint8_t)(g->blocked || closed);
 	if (g->pcap) {
 		rn_pcap_flush(g->pcap);
 		count_pcap(s, g);

@@ -13,6 +13,9 @@
  * it, and 2 KiB copied within the first-level cache cost about what one cache miss costs. With no small
  * buffer left the large one goes itself, so that a frame once read always gets through.
  *
+ * On a bad wire (rn_impair.h) a frame read, and captured, is held there in private memory and comes back into a
+ * buffer when its time has come.
+ *
  * What is checked here is what needs no parsing: length, and the virtio-net header against the length.
  *
  * system calls: read, recv, getsockopt (link), write, fstat, lseek, ftruncate (capture)
@@ -122,28 +125,60 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 	s->c[RN_C_bytes_out] += len;
 }
 
+/* Where the next frame goes, with room for it to go on: the Ethernet header's place, or NULL. */
+static uint8_t *place(struct rn_stage *s, struct stage_guest_tx *t)
+{
+	if (!rn_stage_room(s, RN_ROLE_CLASSIFY, 1))
+		return NULL;
+	if (!t->spare)
+		t->spare = rn_buf_alloc(&s->pool, RN_LARGE);
+	if (!t->spare) {
+		s->want_buf = 1;
+		return NULL;
+	}
+	return (uint8_t *)t->spare + RN_BUF_ETH_OFF;
+}
+
+/* What is due on the bad wire, at most twice BURST frames. */
+static uint32_t arrived(struct rn_stage *s, struct stage_guest_tx *t, struct rn_impair *im)
+{
+	struct rn_impair_frame f;
+	uint32_t n;
+
+	for (n = 0; n < 2 * BURST && rn_impair_peek(im, s->now, s->draining, &f); n++) {
+		uint8_t *eth = place(s, t);
+		uint32_t len = f.len;
+		uint16_t flags;
+
+		if (!eth) {
+			s->impair_stuck[RN_IMPAIR_LINK] = 1;
+			break;
+		}
+		memcpy(eth - RN_VNET_HLEN, f.vnet_then_frame, RN_VNET_HLEN + len);
+		rn_impair_pop(im);
+		if (frame_ok(s, t, eth, len, &flags))
+			hand_on(s, t, eth, len, flags);
+	}
+	return n;
+}
+
 static int guest_tx_turn(struct rn_stage *s)
 {
 	struct stage_guest_tx *t = s->priv;
-	uint32_t n;
+	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
+	uint32_t n = 0;
 
 	/* Draining: what the guest sends from now on stays in the link. */
-	if (s->draining)
-		return 0;
-	for (n = 0; n < BURST && t->readable && !t->gone; n++) {
+	for (; !s->draining && n < BURST && t->readable && !t->gone; n++) {
 		uint16_t flags;
 		uint8_t *eth;
 		int64_t len;
 
-		if (!rn_stage_room(s, RN_ROLE_CLASSIFY, 1))
+		if (RN_UNLIKELY(im) && !rn_impair_open(im, s->now))
 			break;
-		if (!t->spare)
-			t->spare = rn_buf_alloc(&s->pool, RN_LARGE);
-		if (!t->spare) {
-			s->want_buf = 1;
+		eth = place(s, t);
+		if (!eth)
 			break;
-		}
-		eth = (uint8_t *)t->spare + RN_BUF_ETH_OFF;
 		len = rn_link_read(&t->link, eth - RN_VNET_HLEN, RN_BUF_LARGE - RN_BUF_ETH_OFF + RN_VNET_HLEN);
 		if (len <= 0) {
 			if (!read_failed(s, t, len))
@@ -154,9 +189,13 @@ static int guest_tx_turn(struct rn_stage *s)
 		s->c[RN_C_bytes_in] += (uint64_t)len;
 		if (t->pcap) /* also what is dropped: one captures to see why */
 			rn_pcap_frame(t->pcap, eth, (uint32_t)len);
-		if (frame_ok(s, t, eth, (uint32_t)len, &flags))
+		if (RN_UNLIKELY(im))
+			rn_stage_impair_feed(s, im, eth, (uint32_t)len, 0, NULL);
+		else if (frame_ok(s, t, eth, (uint32_t)len, &flags))
 			hand_on(s, t, eth, (uint32_t)len, flags);
 	}
+	if (RN_UNLIKELY(im))
+		n += arrived(s, t, im);
 	if (t->pcap) {
 		rn_pcap_flush(t->pcap);
 		count_pcap(s, t);

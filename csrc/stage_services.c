@@ -340,7 +340,7 @@ void rn_services_disarm(struct rn_stage *s)
 }
 
 /**
- * rn_services_pending() - Is there a datagram on an input?
+ * rn_services_pending() - Is there a datagram on an input, or held by a bad wire?
  * @s:		Services stage
  *
  * Return: 1 or 0
@@ -350,7 +350,7 @@ int rn_services_pending(struct rn_stage *s)
 	for (uint32_t i = 0; i < s->nin; i++)
 		if (rn_stage_peek(s, i, 1) > 0)
 			return 1;
-	return 0;
+	return rn_stage_impair_held(s) > 0;
 }
 
 /**

@@ -158,6 +158,15 @@ void tcp_maybe_closed(struct egress *e, uint32_t i)
 	tcp_set_timer(e, i);
 }
 
+/* Number of a segment without data: the highest sent, also after going back, so that a guest that has it all takes the
+ * segment; but not outside a window that the guest took back, where it would refuse it (RFC 9293 3.10.7.4, first). */
+static uint32_t ack_seq(struct rn_flow *f)
+{
+	uint32_t edge = f->down.snd_una + f->down.snd_wnd;
+
+	return get_state(f) == RN_FL_ESTABLISHED && SEQ_LT(edge, f->down.snd_max) ? edge : f->down.snd_max;
+}
+
 int tcp_work(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
@@ -233,7 +242,7 @@ int tcp_work(struct egress *e, uint32_t i)
 		p->work &= ~(uint32_t)W_PROBE;
 	}
 	if (p->work & W_ACK) {
-		if (tcp_send_ack(e, i, f->down.snd_nxt))
+		if (tcp_send_ack(e, i, ack_seq(f)))
 			return -1;
 		p->work &= ~(uint32_t)W_ACK;
 		if (get_state(f) == RN_FL_TIME_WAIT && !(p->flags & F_WE_FIRST)) {
@@ -267,6 +276,8 @@ void tcp_event(struct egress *e, uint32_t i, uint32_t events)
 	}
 	if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
 		p->flags |= F_HUP;
+	if (events & EPOLLPRI)
+		p->flags |= F_URG;
 	if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) {
 		p->flags |= F_READABLE;
 		eg_work(e, i, W_DOWN);
@@ -329,10 +340,15 @@ void tcp_timer(struct egress *e, uint32_t i)
 		}
 		eg_work(e, i, W_SYNACK);
 	} else if (st == RN_FL_ESTABLISHED && flight) {
-		if (p->backoff++ >= TCP_RETRIES) {
+		/* A guest that answers probes of a closed window is waited for without end (RFC 9293 3.8.6.1). */
+		int answers = f->down.snd_wnd == 0 && e->s->now - f->last_ns < us(2ull * TCP_RTO_MAX_US);
+
+		if (p->backoff >= TCP_RETRIES && !answers) {
 			give_up(e, i);
 			return;
 		}
+		if (p->backoff < TCP_RETRIES)
+			p->backoff++;
 		/* RFC 6298 5.4-5.6, RFC 5681 3.1: back to snd_una, one segment, twice the time. */
 		e->s->c[RN_C_tcp_rto]++;
 		f->down.snd_nxt = f->down.snd_una;
@@ -629,6 +645,9 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 				e->s->c[RN_C_tcp_reset_by_guest]++;
 				tcp_abort_host(e, i);
 				tcp_gone(e, i);
+			} else if (SEQ_GT(sg.seq, f->up.rcv_nxt) && SEQ_LT(sg.seq, f->up.rcv_adv)) {
+				e->s->c[RN_C_tcp_challenge_acks]++; /* no window before our SYN-ACK, so none in CONNECTING */
+				eg_work(e, i, W_ACK);
 			}
 			return;
 		}
@@ -650,6 +669,11 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 			tcp_reply_rst(e, fr, &sg); /* RFC 9293 3.10.7.4, SYN-RECEIVED: not an acceptable ACK */
 			return;
 		}
+		if (SEQ_LT(sg.seq + sg.len, f->up.rcv_nxt) || SEQ_GT(sg.seq, f->up.rcv_adv)) {
+			e->s->c[RN_C_drop_tcp_outside_window]++;
+			eg_work(e, i, W_ACK); /* RFC 9293 3.10.7.4, first: not acceptable */
+			return;
+		}
 		memcpy(f->guest_mac, fr->eth + 6, 6);
 		set_state(f, RN_FL_ESTABLISHED);
 		e->s->c[RN_C_tcp_established]++;
@@ -660,6 +684,8 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 		e->tcp->flow[i].wnd_max = f->down.snd_wnd;
 		if (!e->priv[i].backoff)
 			rtt_sample(f, e->s->now - e->priv[i].rtt_ns);
+		else
+			f->down.rto_us = TCP_RTO_SYN_LOST_US;
 		e->priv[i].backoff = 0;
 		e->priv[i].work &= ~(uint32_t)W_SYNACK;
 		e->priv[i].rto_at = UINT64_MAX;
@@ -674,8 +700,13 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 			i = EG_NONE;
 			goto fresh;
 		}
-		if (!(sg.flags & RN_TH_RST) && (sg.len || (sg.flags & (RN_TH_FIN | RN_TH_SYN)))) /* RFC 1337: no RST here */
+		if (!(sg.flags & RN_TH_RST) && (sg.len || (sg.flags & (RN_TH_FIN | RN_TH_SYN)))) { /* RFC 1337: no RST here */
 			eg_work(e, i, W_ACK);
+			if (sg.flags & RN_TH_FIN) { /* its ACK was lost: wait anew (RFC 9293 3.10.7.4, eighth) */
+				e->priv[i].life_at = e->s->now + TCP_TIME_WAIT_NS;
+				tcp_set_timer(e, i);
+			}
+		}
 		return;
 	case RN_FL_ESTABLISHED:
 		memcpy(f->guest_mac, fr->eth + 6, 6);

@@ -257,7 +257,9 @@ int tcp_down_pump(struct egress *e, uint32_t i)
 		if (n == -ENOBUFS)
 			return -1;
 		if (n == -EAGAIN) {
-			p->flags &= ~(uint32_t)F_READABLE;
+			/* At an urgent mark what lies behind it shows when the guest has acknowledged up to it. */
+			if (!(p->flags & F_URG) || !flight)
+				p->flags &= ~(uint32_t)F_READABLE;
 			return 0;
 		}
 		if (n < 0) {
@@ -272,7 +274,7 @@ int tcp_down_pump(struct egress *e, uint32_t i)
 			continue;
 		}
 		/* A short read emptied the socket: more will be a new edge. Unless its end is already there. */
-		if ((uint32_t)n < max && !(p->flags & F_HUP))
+		if ((uint32_t)n < max && !(p->flags & (F_HUP | F_URG)))
 			p->flags &= ~(uint32_t)F_READABLE;
 	}
 	return 1;

@@ -28,12 +28,13 @@
 #define TCP_RTO_MAX_US 60000000u /* RFC 6298 2.5 */
 #define TCP_RETRIES 12u		 /* about 6 minutes at the maximum; RFC 9293 3.8.3 R2 >= 100 s */
 #define TCP_SYN_RETRIES 5u
+#define TCP_RTO_SYN_LOST_US 3000000u /* RFC 6298 5.7 */
 #define TCP_TIME_WAIT_NS 1000000000ull
 #define TCP_KEEPALIVE_NS (7200ull * 1000000000ull) /* RFC 9293 3.8.4 */
 #define TCP_KEEPALIVE_INTERVAL_NS (75ull * 1000000000ull)
 #define TCP_KEEPALIVE_PROBES 9u
 #define TCP_SCRATCH 65536u
-#define TCP_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+#define TCP_EVENTS (EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 
 /* frame layout: payload of a segment without options */
 #define TCP_ETH_OFF RN_BUF_ETH_OFF
@@ -63,7 +64,8 @@ enum { /* flow_priv.flags */
 	F_TIMED = 1u << 8,     /* rtt_seq/rtt_ns hold a sample under way */
 	F_GUEST_WS = 1u << 9,  /* window scale agreed */
 	F_PEEK_OFF = 1u << 10, /* SO_PEEK_OFF works on this socket */
-	F_SACK = 1u << 11      /* selective acknowledgement agreed */
+	F_SACK = 1u << 11,     /* selective acknowledgement agreed */
+	F_URG = 1u << 12       /* host side sent urgent data: reads stop at its mark, a short one means nothing */
 };
 
 struct eg_parked {

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from pipeline.config import ConfigError, Settings, load_toml, make, options
 from pipeline.messages import Exit
 
-EPILOG = """exit status: 0 fine; 1 it could not be set up; 2 usage; 70 a stage died, 71 a stage failed, 72 a stage did not
-start. `ringnet run` otherwise ends with the command's own status (128 + n if signal n ended it)."""
+EPILOG = """exit status: 0 fine; 1 it could not be set up; 2 usage; 70 a stage died, 71 a stage failed, 72 a stage did
+not start. `ringnet run` otherwise ends with the command's own status (128 + n if signal n ended it)."""
 
 
 class UsageError(Exception):
@@ -106,7 +106,8 @@ def parser() -> Parser:
                                           " ($SHELL if none) in it. No root needed.")
     add_settings(run)
     run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD ...", help="command and its arguments")
-    attach = commands.add_parser("attach", allow_abbrev=False, epilog=EPILOG, help="serve an existing network namespace",
+    attach = commands.add_parser("attach", allow_abbrev=False, epilog=EPILOG,
+                                 help="serve an existing network namespace",
                                  description="Make a tap in an existing network namespace and serve it, in the"
                                              " foreground, until a signal, --exit-fd or the process's end.")
     attach.add_argument("target", metavar="PID|NETNS-PATH", help="a process in the namespace, or /run/netns/NAME")

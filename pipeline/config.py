@@ -9,10 +9,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import zlib
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
+
+from pipeline.topology import TOPOLOGY, Feature, Role
 
 MTU_MIN, MTU_MAX = 576, 65520  # RFC 791 3.2: every host takes 576; 65520: largest the peers of a tap use
 ETH_HLEN, VLAN_HLEN = 14, 4  # bytes
@@ -32,6 +35,131 @@ class ConfigError(ValueError):
 
 def _opt(description: str, flag: str = "", arg: str = "", **bounds: Any) -> Meta:
     return Meta(description=description, extra={"flag": flag, "arg": arg}, **bounds)
+
+
+class Impair(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One --impair, parsed: a bad wire in one place (csrc/rn_impair.h). Probabilities in 2^-32, times in ns."""
+
+    place: str  # "up", "down" or a ring's name
+    stage: str  # that has it,
+    output: int  # at which of its outputs: enum rn_role; LINK_OUTPUT: between it and the link
+    keep_offloads: bool = False  # super-frames pass as one frame, instead of never being made
+    seed: int = 1
+    drop: int = 0
+    burst_enter: int = 0
+    burst_leave: int = 0
+    dup: int = 0
+    reorder: int = 0
+    reorder_gap: int = 3  # frames that overtake
+    corrupt: int = 0
+    corrupt_bits: int = 1  # more may cancel out in a 16-bit checksum
+    truncate: int = 0
+    delay_ns: int = 0
+    jitter_ns: int = 0
+    stall_ns: int = 0
+    stall_every_ns: int = 0
+
+    def spec(self) -> dict[str, int]:
+        """Fields of struct rn_impair_spec. Places with one seed do different things."""
+        numbers = {n: getattr(self, n) for n in self.__struct_fields__}
+        for name in ("place", "stage", "output", "keep_offloads"):
+            del numbers[name]
+        return numbers | {"seed": self.seed ^ zlib.crc32(self.place.encode()) << 32}
+
+
+LINK_OUTPUT = len(Role)  # RN_IMPAIR_LINK
+_ALWAYS = 1 << 32
+_GAP_MAX, _BITS_MAX, _TIME_MAX = 1000, 64, 60  # frames, bits (csrc/rn_impair.h), s
+_UNITS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+
+
+def _probability(text: str) -> int:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text}: expected a share of the frames, like 0.5% or 0.005")
+    return round(share * _ALWAYS)
+
+
+def _time(text: str) -> int:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(us|ms|s)", text)
+    if not match:
+        raise ValueError(f"{text}: expected a time, like 500us, 5ms or 1s")
+    ns = round(float(match[1]) * _UNITS[match[2]])
+    if ns > _TIME_MAX * _UNITS["s"]:
+        raise ValueError(f"{text}: is over {_TIME_MAX} s")
+    return ns
+
+
+def _number(text: str, most: int, what: str, least: int = 1) -> int:
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+        raise ValueError(f"{text}: expected {what}, {least}..{most}")
+    return int(text)
+
+
+def _impairment(key: str, value: str) -> dict[str, int | bool]:
+    """Fields of Impair that KEY=VALUE says. Raises ValueError."""
+    first, slash, second = value.partition("/")
+    match key:
+        case "super" if not value:
+            return {"keep_offloads": True}
+        case "seed":
+            return {"seed": _number(value, (1 << 63) - 1, "a whole number", 0)}
+        case "drop" | "dup" | "truncate":
+            return {key: _probability(value)}
+        case "reorder":
+            return {"reorder": _probability(first)} | (
+                {"reorder_gap": _number(second, _GAP_MAX, "how many frames overtake")} if slash else {})
+        case "corrupt":
+            return {"corrupt": _probability(first)} | (
+                {"corrupt_bits": _number(second, _BITS_MAX, "how many bits are flipped")} if slash else {})
+        case "burst":
+            enter, leave = _probability(first), _probability(second)
+            if enter and not leave:
+                raise ValueError(f"{value}: a burst that never ends; say drop=100%")
+            return {"burst_enter": enter, "burst_leave": leave}
+        case "delay":
+            first, tilde, second = value.partition("~")
+            delay, jitter = _time(first), _time(second) if tilde else 0
+            if jitter > delay:
+                raise ValueError(f"{value}: varies by more than it is")
+            return {"delay_ns": delay, "jitter_ns": jitter}
+        case "stall":
+            stall, every = _time(first), _time(second)
+            if stall >= every:
+                raise ValueError(f"{value}: expected how long / how often, like 200ms/1s")
+            return {"stall_ns": stall, "stall_every_ns": every}
+    raise KeyError(key)
+
+
+def parse_impair(text: str) -> Impair:
+    """PLACE:KEY=VALUE,... of --impair (docs/impairment.md). Raises ConfigError."""
+    place, colon, rest = text.partition(":")
+    rings = {r.name: r for r in TOPOLOGY.only(frozenset({Feature.NIC1})).rings}
+    where: dict[str, Any]
+    if place == "up":  # the link's two directions: whoever reads it, whoever writes it
+        where = {"stage": "guest_tx", "output": LINK_OUTPUT}
+    elif place == "down":
+        where = {"stage": "guest_rx", "output": LINK_OUTPUT}
+    elif ring := rings.get(place):
+        where = {"stage": ring.producer, "output": int(ring.role)}
+    else:
+        raise ConfigError(f"--impair {text}: {place or 'nothing'} is no place; there are up, down, {', '.join(rings)}")
+    said: dict[str, Any] = {}
+    for word in rest.split(",") if colon and rest else ():
+        key, equals, value = word.partition("=")
+        if key in said:
+            raise ConfigError(f"--impair {text}: {key} twice")
+        try:
+            said[key] = _impairment(key, value)
+        except ValueError as e:
+            raise ConfigError(f"--impair {text}: {key}={e}") from None
+        except KeyError:
+            raise ConfigError(f"--impair {text}: {word or 'nothing'} is none of drop=, burst=, dup=, reorder=, corrupt=,"
+                              " truncate=, delay=, stall=, seed=, super") from None
+    if not said.keys() - {"seed", "super"}:
+        raise ConfigError(f"--impair {text}: does nothing; expected like {place}:drop=1%,delay=5ms")
+    return Impair(place=place, **where, **{k: v for fields in said.values() for k, v in fields.items()})
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -61,6 +189,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     peek: Annotated[str, _opt("how unacknowledged data is read again: auto, offset (SO_PEEK_OFF, Linux 6.9) or discard",
                               "", "HOW", pattern="^(auto|offset|discard)$")] = "auto"
     seed: Annotated[int, _opt("for tests: repeatable sequence numbers; 0 is random", "", "N", ge=0)] = 0
+    impair: Annotated[tuple[str, ...], _opt("for tests: a bad wire at up, down or a ring, like up:drop=0.01,delay=5ms;"
+                                            " may be repeated", "", "SPEC", max_length=16)] = ()
     stats: Annotated[bool, _opt("print each stage's counters at the end")] = False
     quiet: Annotated[bool, _opt("print errors only", "q")] = False
     debug: Annotated[bool, _opt("print what happens, and --stats", "d")] = False
@@ -68,6 +198,16 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     @property
     def network(self) -> ipaddress.IPv4Network:
         return ipaddress.IPv4Network(f"{self.gateway}/{self.netmask}", strict=False)
+
+    def impairments(self) -> tuple[Impair, ...]:
+        """--impair, parsed. Raises ConfigError."""
+        return tuple(parse_impair(text) for text in self.impair)
+
+    @property
+    def offloads(self) -> bool:
+        """May frames be larger than the MTU, and checksums left to the link? Not on a bad wire, unless it says so: a
+        drop would lose 64 KiB at once, and damage would be signed with a right checksum behind it."""
+        return all(i.keep_offloads for i in self.impairments())
 
     def hosts_table(self) -> dict[str, list[str]]:
         return {n: v.split(",") if isinstance(v, str) else list(v) for n, v in self.hosts.items()}
@@ -192,7 +332,8 @@ def _domain(option: str, text: str) -> None:
 def check_ifname(option: str, name: str) -> None:
     """Raises ConfigError: what the kernel (dev_valid_name) would refuse without saying why."""
     if not 1 <= len(name.encode()) <= IFNAME_MAX:
-        raise ConfigError(f"--{option} {name}: {len(name.encode())} bytes long; an interface name has 1 to {IFNAME_MAX}")
+        raise ConfigError(f"--{option} {name}: {len(name.encode())} bytes long; an interface name has 1 to"
+                          f" {IFNAME_MAX}")
     if name in (".", "..") or re.search(r"[/:\s%]", name):
         raise ConfigError(f"--{option} {name}: an interface name has no '/', ':', '%' or space")
 
@@ -232,6 +373,10 @@ def check(s: Settings) -> Settings:
         for a in addresses:
             _ip(f"hosts {name}={a}:", a)
     check_ifname("ifname", s.ifname)
+    places = [i.place for i in s.impairments()]
+    for text, place in zip(s.impair, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"--impair {text}: {place} twice")
     return s
 
 
@@ -264,14 +409,14 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     leading NUL) of services' DNS over TCP."""
     net = s.network
     first, last = pool(s)
-    link = {"link_kind": link_kind, "vnet": vnet, "mtu": s.mtu, "frame_max": frame_max(s.mtu, vnet=vnet),
+    link = {"link_kind": link_kind, "vnet": vnet, "mtu": s.mtu, "frame_max": frame_max(s.mtu, vnet=vnet and s.offloads),
             "pcap": bool(s.pcap)}
     seat = {"gateway4": s.gateway, "gateway_mac": s.mac, "mtu": s.mtu}
     made: dict[str, dict[str, Any]] = {
         "guest_tx": link,
         "guest_rx": link,
         "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
-        "egress": {**seat, "offload": vnet, "host_loopback": not s.no_host_loopback, "peek": s.peek,
+        "egress": {**seat, "offload": vnet and s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path, "seed": s.seed},
         "services": {**seat, "prefix": net.prefixlen, "guest4": s.address, "pool_start": first, "pool_end": last,
                      "dns": list(s.dns), "resolv_conf": s.resolv_conf, "search": list(s.search) or [DOMAIN],

@@ -287,7 +287,9 @@ class Guest:
             maker = GuestChild(lambda ours, theirs: attach_child(ours, theirs, target, settings.ifname, settings.mtu,
                                                                  config_net=False))
             try:
-                return Link(fd=maker.tap(signals), kind="tap", vnet=True, name=settings.ifname)
+                tap = maker.tap(signals)
+                tap.events.close()  # if somebody removes the interface, the steps fail and say so
+                return Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname)
             finally:
                 maker.end()
         finally:

@@ -13,6 +13,9 @@ beside it by SCM_RIGHTS in the order the message names them (unix(7), cmsg(3)).
         |-- Start --------------------------------->|  run()                  starting   sinks first
         |<--------------------------------- Running --|                         running
         |-- Ping ---> <--- Pong (any time after Ready)|
+        |-- Ask (HostsChange, CloseFlow ...) ------->|  one under way a stage, running
+        |<----------------------- Answer(seq, error) --|
+        |<------------- Leased, Refused: unasked ------|  after Notices(on)
         |-- Cancel(deadline) ----------------------->|  drain, end             cancelled  sources first
         |<------------------- Ended(reason, counters) --|                       ended, then exit 0
         |<---------------------------- Failed(error) --|                        failed, then exit 1
@@ -29,14 +32,17 @@ import enum
 import os
 import select
 import socket
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from pipeline.config import Impair
+
 VERSION = 1  # of this file; supervisor and stage are one build, so they must be equal
 PACKET_MAX = 65536  # bytes of one message
 FDS_MAX = 64  # descriptors with one message; the kernel takes 253 (SCM_MAX_FD)
+Level = Literal["error", "warning", "info", "debug"]
 
 
 class Exit(enum.IntEnum):
@@ -95,6 +101,7 @@ class Configure(Message):
     outputs: tuple[End, ...]
     fds: tuple[str, ...]
     config: msgspec.Raw  # the stage's own Config, decoded by the stage
+    impair: tuple[Impair, ...] = ()  # --impair, as far as it is this stage's
 
 
 class Ready(Message):
@@ -130,8 +137,69 @@ class Pong(Message):
     seq: int
 
 
-FromStage = Hello | Ready | Running | Ended | Failed | Pong
-ToStage = Configure | Start | Cancel | Ping
+class Ask(Message, kw_only=True):
+    """A request to a running stage. It answers each; the supervisor sends the next one after that (Session.ask)."""
+
+    seq: int = 0  # set by Session.ask
+
+
+class HostsChange(Ask, kw_only=True):
+    """A part of a change of the hosts table; the whole of it happens, or nothing, at the part with `commit`."""
+
+    names: dict[str, tuple[str, ...]] = {}  # addresses instead of any the name had; none: the name goes
+    own: tuple[str, ...] = ()  # domains whose unknown names do not exist (NXDOMAIN)
+    disown: tuple[str, ...] = ()
+    commit: bool = True
+
+
+class CloseFlow(Ask, kw_only=True):
+    """End one flow, so that both sides see it broken. Error if entry and generation are not a flow's any more."""
+
+    index: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    gen: Annotated[int, Meta(ge=0, lt=1 << 32)]
+
+
+class LogLevel(Ask, kw_only=True):
+    """How much the stage says on standard error: a level of logging."""
+
+    level: Level
+
+
+class Notices(Ask, kw_only=True):
+    """Tell of leases and refusals from now on, or no more."""
+
+    on: bool
+
+
+class Answer(Message):
+    seq: int
+    error: str = ""  # "": done
+
+
+class Leased(Message):
+    """services gave the guest an address, or renewed it."""
+
+    address: str
+    mac: str
+    hostname: str  # as the guest calls itself, "" if it does not
+    seconds: int
+    lost: int = 0  # notices not sent since the last one: over the rate
+
+
+class Refused(Message):
+    """egress could not, or would not, make a flow the guest asked for."""
+
+    proto: str  # "tcp"
+    guest: str
+    guest_port: int
+    peer: str  # as the guest calls it
+    peer_port: int
+    reason: str
+    lost: int = 0
+
+
+FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused
+ToStage = Configure | Start | Cancel | Ping | HostsChange | CloseFlow | LogLevel | Notices
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()
@@ -200,6 +268,12 @@ class Channel:
                 os.close(fd)
             raise
         return message, list(fds)
+
+    def wait_room(self) -> None:
+        """Return once a message can be sent, or the peer is gone."""
+        p = select.poll()
+        p.register(self.sock, select.POLLOUT)
+        p.poll()
 
     def wait(self, seconds: float | None = None) -> bool:
         """True once a message (or EOF) can be received."""

@@ -23,7 +23,7 @@ class StageFacts(Struct, frozen=True, kw_only=True):
     frames_out: int
     bytes_out: int
     cpu_s: float  # user + system
-    drops: dict[str, int]  # reason without "drop_": frames; zeros left out
+    drops: dict[str, int]  # reason without "drop_": frames; zeros left out; --impair's as "impair_dropped"
     counters: dict[str, int]  # all of the stage's; zeros left out
 
 
@@ -53,7 +53,7 @@ def stage_facts(session: Session) -> list[StageFacts]:
             frames_in=all_counters.get("frames_in", 0), bytes_in=all_counters.get("bytes_in", 0),
             frames_out=all_counters.get("frames_out", 0), bytes_out=all_counters.get("bytes_out", 0),
             cpu_s=cpu_seconds(child.pid) if child.alive else child.cpu_s,
-            drops={n.removeprefix("drop_"): v for n, v in counters.items() if n.startswith("drop_")},
+            drops={n.removeprefix("drop_"): v for n, v in counters.items() if n.startswith(("drop_", "impair_dropped"))},
             counters=counters,
         ))
     return found

@@ -11,6 +11,11 @@ supervisor: PR_SET_PDEATHSIG from process to process, and the end of the PID nam
 no PID namespace can be made (/proc is masked, as in some containers), the command's descendants are killed when
 the command ends, but those that left it survive a SIGKILL of ringnet itself.
 
+Terminal: a command whose input and output are the terminal gets a process group of its own and the terminal with
+it, as a shell would do. Else a shell in the PID namespace could not name the group it must give the terminal back
+to (it is 0 there), and dash ends with 2 for that. When ^Z stops the command, the supervisor takes the terminal back
+and stops too, so that the caller's shell sees one job; fg hands it on again.
+
 Source: namespaces(7), user_namespaces(7), pid_namespaces(7), ioctl_ns(2), tuntap.rst.
 """
 from __future__ import annotations
@@ -37,6 +42,7 @@ from shm._dataplane import ffi, lib
 TUN = "/dev/net/tun"
 SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)  # those that mean the command
 RESOLV_CONF = "/etc/resolv.conf"
+TAKEN = "interface {} exists already in the guest's namespace; choose another name or remove it"
 
 
 class GuestError(Exception):
@@ -73,6 +79,16 @@ class Trouble(_Said):
     text: str
 
 
+class Stopped(_Said):
+    """The command was stopped from its terminal (^Z)."""
+
+
+class Resume(_Said):
+    """Supervisor: let it go on; foreground: it has the terminal."""
+
+    foreground: bool
+
+
 class Forward(_Said):
     """Supervisor: send the command a signal."""
 
@@ -83,7 +99,7 @@ class Finished(_Said):
     status: int  # the command's: exit code, or 128 + signal
 
 
-Said = Tap | Go | Configured | Spawned | Trouble | Forward | Finished
+Said = Tap | Go | Configured | Spawned | Trouble | Stopped | Resume | Forward | Finished
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Said).decode
 
@@ -133,20 +149,21 @@ def make_tap(name: str, mtu: int) -> int:
     Raises GuestError, naming the fix.
     """
     if name in (n for _, n in socket.if_nameindex()):
-        raise GuestError(f"interface {name} exists already in the guest's namespace; choose another name or remove it")
+        raise GuestError(TAKEN.format(name))
     failed = ffi.new("int *")
     fd = lib.rn_tap_open(name.encode(), failed)
     if fd < 0:
         err = -fd
         if failed[0] == lib.RN_TAP_OPEN and err in (errno.EACCES, errno.EPERM):
-            raise GuestError(f"cannot open {TUN}: {os.strerror(err)}; as root do: chmod 0666 {TUN} (for good: a udev rule"
-                             ' KERNEL=="tun", MODE="0666"), or run ringnet as root')
+            raise GuestError(f"cannot open {TUN}: {os.strerror(err)}; as root do: chmod 0666 {TUN} (for good: a udev"
+                             ' rule KERNEL=="tun", MODE="0666"), or run ringnet as root')
         if failed[0] == lib.RN_TAP_OPEN and err in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             raise GuestError(f"cannot open {TUN}: {os.strerror(err)}; load the module as root: modprobe tun")
         if failed[0] == lib.RN_TAP_CREATE and err == errno.EPERM:
-            raise GuestError(f"cannot make interface {name}: not permitted in this namespace; run as its owner or as root")
+            raise GuestError(f"cannot make interface {name}: not permitted in this namespace; run as its owner or as"
+                             " root")
         if failed[0] == lib.RN_TAP_CREATE and err in (errno.EBUSY, errno.EEXIST):
-            raise GuestError(f"interface {name} exists already in the guest's namespace; choose another name or remove it")
+            raise GuestError(TAKEN.format(name))
         raise GuestError(f"cannot make interface {name}: {os.strerror(err)}")
     try:
         netlink.link_mtu(name, mtu)
@@ -233,10 +250,12 @@ def enter(target: Target) -> None:
         os.close(owner)
     rc = lib.rn_os_setns(target.netns, lib.RN_CLONE_NEWNET)
     if rc < 0:
-        raise GuestError(f"cannot enter network namespace {target.text}: {os.strerror(-rc)}; run as its owner or as root")
+        raise GuestError(f"cannot enter network namespace {target.text}: {os.strerror(-rc)}; run as its owner or as"
+                         " root")
 
 
-def attach_child(ours: socket.socket, sock: socket.socket, target: Target, name: str, mtu: int, config_net: bool) -> None:
+def attach_child(ours: socket.socket, sock: socket.socket, target: Target, name: str, mtu: int,
+                 config_net: bool) -> None:
     """The whole life of attach's child: enter, tap, and with config_net: wait for Go, configure.
 
     `ours`: the supervisor's end, which a forked child has too, and must not, to see its EOF.
@@ -394,7 +413,7 @@ def guest(sock: socket.socket, name: str, mtu: int, argv: list[str], ignored: fr
 
 
 def _guest(line: Line, name: str, mtu: int, argv: list[str], ignored: frozenset[signal.Signals]) -> int:
-    home = os.getcwd()
+    home, tty = os.getcwd(), terminal()
     _new_namespaces()
     netlink.link_up("lo")
     _hand_over(line, name, mtu)
@@ -409,7 +428,7 @@ def _guest(line: Line, name: str, mtu: int, argv: list[str], ignored: frozenset[
     line.send(_configured(lease, note))
     contained = _pid_namespace_works()
     if not contained:
-        return _init(line, argv, ignored, contained=False)
+        return _init(line, argv, ignored, tty, contained=False)
     _call(lib.rn_os_unshare(lib.RN_CLONE_NEWPID), "make a PID namespace")
     pid = os.fork()
     if pid == 0:
@@ -419,7 +438,7 @@ def _guest(line: Line, name: str, mtu: int, argv: list[str], ignored: frozenset[
                 lib.rn_os_pdeathsig(signal.SIGKILL)
                 lib.rn_os_set_name(b"ringnet-init")
                 _mount("proc", "/proc", "proc", _PROC_FLAGS)
-                code = _init(line, argv, ignored, contained=True)
+                code = _init(line, argv, ignored, tty, contained=True)
         finally:
             os._exit(code)
     line.sock.close()
@@ -432,7 +451,32 @@ def _exit_code(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _init(line: Line, argv: list[str], ignored: frozenset[signal.Signals], *, contained: bool) -> int:
+def terminal() -> int:
+    """A descriptor of the terminal, if it is our input and output and we are in its foreground; else -1."""
+    if not (os.isatty(0) and os.isatty(1)):
+        return -1
+    try:
+        tty = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # it is not our controlling terminal
+        return -1
+    if os.tcgetpgrp(tty) != os.getpgrp():
+        os.close(tty)
+        return -1
+    return tty
+
+
+def give_terminal(tty: int, group: int) -> None:
+    """Put a process group into the foreground, also from the background (where SIGTTOU would stop us)."""
+    old = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    try:
+        os.tcsetpgrp(tty, group)
+    except OSError:  # the group ended, or the terminal hung up: nobody is there to have it
+        pass
+    finally:
+        signal.signal(signal.SIGTTOU, old)
+
+
+def _init(line: Line, argv: list[str], ignored: frozenset[signal.Signals], tty: int, *, contained: bool) -> int:
     """Run the command, reap what is orphaned, pass signals on; returns the command's status.
 
     One wait for three things: signals come through a wake-up pipe, the supervisor's words and its end by socket.
@@ -444,7 +488,7 @@ def _init(line: Line, argv: list[str], ignored: frozenset[signal.Signals], *, co
     signal.set_wakeup_fd(w)
     command = os.fork()
     if command == 0:
-        _exec(argv, ignored)
+        _exec(argv, ignored, tty)
     with contextlib.suppress(BrokenPipeError):
         line.send(Spawned(pid=command, contained=contained))
     poll = select.poll()
@@ -456,12 +500,15 @@ def _init(line: Line, argv: list[str], ignored: frozenset[signal.Signals], *, co
                 os.read(r, 4096)
                 while True:
                     try:
-                        pid, status = os.waitpid(-1, os.WNOHANG)
+                        pid, status = os.waitpid(-1, os.WNOHANG | (os.WUNTRACED if tty >= 0 else 0))
                     except ChildProcessError:
                         break
                     if pid == 0:
                         break
-                    if pid == command:
+                    if os.WIFSTOPPED(status):
+                        if pid == command:
+                            line.send(Stopped())
+                    elif pid == command:
                         code = _exit_code(status)
                         if not contained:
                             _kill_descendants()
@@ -475,6 +522,11 @@ def _init(line: Line, argv: list[str], ignored: frozenset[signal.Signals], *, co
                     if not contained:
                         _kill_descendants()
                     return 1
+                if isinstance(got[0], Resume):
+                    if got[0].foreground:
+                        give_terminal(tty, command)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(command, signal.SIGCONT)
                 if isinstance(got[0], Forward):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(command, got[0].signum)
@@ -494,11 +546,14 @@ def _kill_descendants() -> None:
                 pass
 
 
-def _exec(argv: list[str], ignored: frozenset[signal.Signals]) -> NoReturn:
+def _exec(argv: list[str], ignored: frozenset[signal.Signals], tty: int) -> NoReturn:
     """In the command's process: undo what is ours, then become it. 127 and 126 as a shell has them."""
     try:
         lib.rn_os_pdeathsig(signal.SIGKILL)
         signal.set_wakeup_fd(-1)
+        if tty >= 0:
+            os.setpgid(0, 0)
+            give_terminal(tty, os.getpid())
         for s in (*SIGNALS, signal.SIGPIPE, signal.SIGCHLD):
             signal.signal(s, signal.SIG_IGN if s in ignored else signal.SIG_DFL)
         os.execvp(argv[0], argv)

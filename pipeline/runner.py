@@ -28,14 +28,17 @@ from pipeline.netns import (
     Go,
     GuestError,
     Line,
+    Resume,
     Said,
     Spawned,
     Tap,
     Trouble,
     attach_child,
+    give_terminal,
     guest,
     open_target,
 )
+from pipeline.netns import Stopped as CommandStopped
 from pipeline.supervisor import Link, Result, Session, SessionError, Signals, describe_status
 
 TERM_GRACE = 5.0  # s the command has after a SIGTERM or SIGHUP was passed on to it
@@ -169,18 +172,52 @@ def _failed(result: Result) -> bool:
     return result.code is not Exit.OK
 
 
-def _on_terminal() -> bool:
-    """Are we in the foreground of a terminal? Then ^C reached the command as well as us."""
+@contextlib.contextmanager
+def _controlling_terminal() -> Iterator[int | None]:
+    """A descriptor of it, or None."""
     try:
-        tty = os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC)
+        tty = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return False
+        yield None
+        return
     try:
-        return os.tcgetpgrp(tty) == os.getpgrp()
-    except OSError:
-        return False
+        yield tty
     finally:
         os.close(tty)
+
+
+def _in_foreground() -> bool:
+    """Are we in the foreground of a terminal? Then ^C reached the command as well as us."""
+    with _controlling_terminal() as tty:
+        try:
+            return tty is not None and os.tcgetpgrp(tty) == os.getpgrp()
+        except OSError:
+            return False
+
+
+def _stop_with_the_command() -> bool:
+    """^Z: take the terminal back and stop, for the shell that started us; when continued, say if in the foreground.
+
+    Without such a shell (our group is orphaned) the kernel ignores this SIGTSTP, and the command goes on at once.
+    """
+    with _controlling_terminal() as tty:
+        if tty is not None:
+            give_terminal(tty, os.getpgrp())
+    os.kill(os.getpid(), signal.SIGTSTP)
+    return _in_foreground()
+
+
+def _reclaim_terminal() -> None:
+    """The terminal is the command's group's, of which nobody is left: it is ours again, and our caller's."""
+    with _controlling_terminal() as tty:
+        if tty is None:
+            return
+        try:
+            os.killpg(os.tcgetpgrp(tty), 0)
+        except ProcessLookupError:
+            give_terminal(tty, os.getpgrp())
+        except OSError:
+            pass  # another user's group, or the terminal hung up: not ours to take
 
 
 class Run:
@@ -202,6 +239,7 @@ class Run:
                 ours.close()
                 guest(theirs, s.ifname, s.mtu, self.argv, ignored)
 
+            stack.callback(_reclaim_terminal)
             self.guest = Guest(body)
             stack.callback(self.guest.end)
             try:
@@ -251,6 +289,10 @@ class Run:
                 self._configured(c)
             case Spawned(contained=contained):
                 self.guest.contained = contained
+            case CommandStopped():
+                foreground = _stop_with_the_command()
+                with contextlib.suppress(BrokenPipeError):
+                    self.guest.line.send(Resume(foreground=foreground))
             case Finished(status=status):
                 self.status = status
                 self.session.end("the command ended")
@@ -269,7 +311,7 @@ class Run:
             if self.guest.contained is None:  # no command yet
                 self.status = 128 + signum
                 self.session.end(f"{signum.name}")
-            elif signum in (signal.SIGINT, signal.SIGQUIT) and _on_terminal():
+            elif signum in (signal.SIGINT, signal.SIGQUIT) and _in_foreground():
                 continue  # the command has it from the terminal, and decides
             elif self.kill_at is not None:  # told twice
                 self.status = 128 + signum

@@ -12,23 +12,28 @@ SIGTERM raises Terminated in run(). The process is killed if the supervisor's th
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
 
 from pipeline.messages import (
     VERSION,
+    Answer,
+    Ask,
     Cancel,
     Channel,
     Configure,
     Ended,
     Failed,
     Hello,
+    LogLevel,
     Message,
     MessageError,
     Ping,
@@ -65,6 +70,12 @@ class Memory(tuple[CData, int]):
     __slots__ = ()
 
 
+def set_log_level(level: str) -> None:
+    """How much of our own logging goes to standard error."""
+    logging.basicConfig(format="ringnet: %(name)s: %(message)s")
+    logging.getLogger("ringnet").setLevel(level.upper())
+
+
 def _check(rc: int, what: str, stage: CData) -> None:
     if rc < 0:
         text = ffi.string(lib.rn_stage_error(stage)).decode() if stage != ffi.NULL else ""
@@ -85,6 +96,8 @@ class StageContext:
         self.generation = conf.generation
         self.draining = False
         self.drain_ms = 0
+        # What a stage does when asked: returns "" or why it did not. Descriptors that came with it are its own then.
+        self.handlers: dict[type[Ask], Callable[[Any, list[int]], str]] = {LogLevel: self._set_log_level}
         self._channel = channel
         self._running = False
 
@@ -113,6 +126,9 @@ class StageContext:
             mem = take(f"out:{end.ring}", end.size)
             _check(lib.rn_stage_add_output(self.stage, end.role, *mem, end.row), f"ring {end.ring}", self.stage)
         _check(lib.rn_stage_set_control(self.stage, channel.fileno()), "control", self.stage)
+        for i in conf.impair:
+            spec = ffi.new("struct rn_impair_spec *", i.spec())
+            _check(lib.rn_stage_set_impair(self.stage, i.output, spec), f"--impair {i.place}", self.stage)
         self.fds = fds
 
     def control_fileno(self) -> int:
@@ -155,8 +171,30 @@ class StageContext:
                     lib.rn_stage_drain(self.stage)
                 case Ping(seq=seq):
                     self.send(Pong(seq=seq))
+                case Ask() as ask if handler := self.handlers.get(type(ask)):
+                    self._answer(Answer(seq=ask.seq, error=handler(ask, got[1])))
                 case other:
                     raise MessageError(f"{type(other).__name__} to a running stage")
+
+    def _answer(self, answer: Answer) -> None:
+        """Asks come one by one, so there is room for the answer but behind a supervisor that stands still."""
+        while True:
+            try:
+                return self.send(answer)
+            except BlockingIOError:
+                self._channel.wait_room()
+
+    def notice(self, message: Message) -> bool:
+        """Tell the supervisor something it did not ask for. False: it is behind, and the notice is lost."""
+        try:
+            self.send(message)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _set_log_level(self, ask: LogLevel, _fds: list[int]) -> str:
+        set_log_level(ask.level)
+        return ""
 
     def counters(self) -> dict[str, int]:
         """This process's counters that are not zero, as of the last turn."""

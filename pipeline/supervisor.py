@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import fcntl
 import os
 import secrets
 import select
@@ -60,6 +61,7 @@ from shm.memory import SharedObject
 from shm.ring import Ring
 
 LINK_BUFFER = 8 << 20  # bytes each way on a datagram link: 93 frames queue at the default, 7282 at this
+_TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h: _IOW('T', 208, unsigned int)
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # socket(7); Python has no names for them
 _Object = TypeVar("_Object", bound=SharedObject)
 PING_GROUP_RANGE = "net.ipv4.ping_group_range"
@@ -69,7 +71,7 @@ class Link(Struct, frozen=True, kw_only=True):
     """The guest's side. fd: duplicated by the session; the caller keeps its own."""
 
     fd: int
-    kind: str  # "tap" or "dgram"; the end of a SOCK_SEQPACKET socket ends the session, that of a tap cannot be seen here
+    kind: str  # "tap" or "dgram"; when a SOCK_SEQPACKET socket's peer closes, the session ends
     vnet: bool  # a 12-byte virtio-net header before each frame, and offloads
     name: str = "guest"  # for the capture file
 
@@ -502,6 +504,8 @@ class Session:
             self._bells.append(fd)
         self._extras["link"] = link = os.dup(self.link.fd)
         os.set_blocking(link, False)
+        if self.link.kind == "tap" and not self.settings.offloads:
+            fcntl.ioctl(link, _TUNSETOFFLOAD, 0)  # the guest's kernel cuts segments and completes checksums itself
         if self.link.kind == "dgram":
             self._widen(link)
             self._watch_link(link)
@@ -612,6 +616,7 @@ class Session:
             session_size=mem.session.size, arena_size=mem.arena.size, has_part=bool(decl.small or decl.large),
             flows_size=mem.flows.size if decl.flows else 0, inputs=tuple(inputs), outputs=tuple(outputs),
             fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
+            impair=tuple(i for i in self.settings.impairments() if i.stage == name),
         ), [fd for _, fd in grants])
 
     def ping(self, name: str, seq: int) -> None:
@@ -687,7 +692,8 @@ class Session:
             case _:
                 reason = describe_status(status)
         return StageEnd(pid=child.pid, status=status, reason=reason, counters=self.counters(name),
-                        cpu_s=child.cpu_s, frames_left=sum(self.ring_fill(r.name)[0] for r in self.topology.inputs(name)))
+                        cpu_s=child.cpu_s,
+                        frames_left=sum(self.ring_fill(r.name)[0] for r in self.topology.inputs(name)))
 
     def close(self) -> None:
         """Give memory and descriptors back; result and its counters stay."""

@@ -83,7 +83,9 @@ class Netns:
     def etc(self) -> Path:
         """/etc/netns/NAME: `ip netns exec` puts these files over /etc."""
         path = Path("/etc/netns") / self.name
-        path.mkdir(parents=True, exist_ok=True)
+        while not path.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # another run took the empty /etc/netns away in between
+                path.mkdir(parents=True, exist_ok=True)
         return path
 
     def argv(self, *argv: str | os.PathLike[str]) -> list[str]:

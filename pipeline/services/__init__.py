@@ -226,8 +226,9 @@ def serve(services: Services, ctx: StageContext, ended: list[Ended]) -> str:
                 return "drained"
             rc = lib.rn_services_arm(stage)
             if rc == 0:
+                wait = lib.rn_stage_impair_wait(stage)  # -1 but for --impair
                 try:
-                    loop.step()
+                    loop.step(wait / 1000 if wait >= 0 else None)
                 finally:
                     lib.rn_services_disarm(stage)
         if rc < 0:

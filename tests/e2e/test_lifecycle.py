@@ -36,7 +36,8 @@ ARP_REQUEST = (b"\xff" * 6 + GUEST_MAC + bytes.fromhex("0806" "0001" "0800" "060
 
 
 # What ends at once on an idle machine may take long on a busy one; no test waits for these to pass.
-PATIENT = Deadlines(hello=DEADLINE, ready=DEADLINE, running=DEADLINE, drain=DEADLINE, drain_failed=DEADLINE, term=DEADLINE)
+PATIENT = Deadlines(hello=DEADLINE, ready=DEADLINE, running=DEADLINE, drain=DEADLINE, drain_failed=DEADLINE,
+                    term=DEADLINE)
 
 
 class GuestEnd:
@@ -141,7 +142,8 @@ def test_a_stage_answers_pings(ends: GuestEnd) -> None:
 
 def test_two_sessions_side_by_side(ends: GuestEnd, nothing_left: None) -> None:
     other = GuestEnd()
-    with Session(make({}), link=ends.link(), deadlines=PATIENT) as a, Session(make({}), link=other.link(), deadlines=PATIENT) as b:
+    with (Session(make({}), link=ends.link(), deadlines=PATIENT) as a,
+          Session(make({}), link=other.link(), deadlines=PATIENT) as b):
         for _ in range(3):
             ends.arp()
         other.arp()
@@ -345,7 +347,8 @@ def test_a_stage_that_dies_in_start_up(ends: GuestEnd, name: str, nothing_left: 
                 os.kill(child.pid, signal.SIGKILL)
 
     session = Killing(make({}), link=ends.link())
-    with pytest.raises(SessionError, match=rf"^stage {name} ended before it was running .*signal 9 \(SIGKILL\)") as error:
+    says = rf"^stage {name} ended before it was running .*signal 9 \(SIGKILL\)"
+    with pytest.raises(SessionError, match=says) as error:
         session.start()
     assert error.value.code is Exit.NOT_READY
     assert session.stages() == {}

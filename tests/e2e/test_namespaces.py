@@ -100,7 +100,8 @@ RESOLV = {
 @pytest.mark.parametrize("what", RESOLV)
 def test_the_guest_has_its_own_resolv_conf(plain_user: PlainUser, host_ns: Netns, what: str) -> None:
     """Whatever /etc/resolv.conf is on the host; which keeps its own."""
-    argv = plain_user.ringnet("run", "-q", "--", "cat", "/etc/resolv.conf", before=f"umount -l /etc/resolv.conf || true;{RESOLV[what]}")
+    before = f"umount -l /etc/resolv.conf || true; {RESOLV[what]}"  # what `ip netns exec` put there
+    argv = plain_user.ringnet("run", "-q", "--", "cat", "/etc/resolv.conf", before=before)
     out = sh(*host_ns.argv(*argv), env=run_env()).stdout
     assert f"nameserver {GATEWAY}" in out.splitlines(), out
 
@@ -247,6 +248,8 @@ class Terminal:
         os.close(fd)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.pid = 0
+        with contextlib.suppress(OSError):  # EIO: nobody holds the terminal any more
+            self.seen += os.read(self.fd, 65536)
         return status
 
     def close(self) -> None:
@@ -286,7 +289,7 @@ def test_an_interactive_shell_has_job_control(terminal: Callable[..., Terminal],
     t.expect("interrupted")
     t.expect("ready> ")
     t.type("exit 5\n")
-    assert t.wait() == 5
+    assert t.wait() == 5, t.seen
 
 
 def test_interrupt_on_a_terminal_is_the_commands(terminal: Callable[..., Terminal]) -> None:
@@ -297,3 +300,42 @@ def test_interrupt_on_a_terminal_is_the_commands(terminal: Callable[..., Termina
     t.type("\x03")
     t.expect("interrupted")
     assert t.wait() == 4
+
+
+def test_a_command_stopped_from_the_terminal_is_a_stopped_job_of_the_caller(terminal: Callable[..., Terminal],
+                                                                           host_ns: Netns, tmp_path: Path) -> None:
+    """In an ordinary shell: ^Z on `ringnet run CMD` gives its prompt back, fg goes on; the terminal follows."""
+    job = tmp_path / "job.py"
+    job.write_text("import signal, sys\nsignal.signal(signal.SIGCONT, lambda *_: print('continued', flush=True))\n"
+                   "print('started', flush=True)\nprint('read', sys.stdin.readline(), flush=True)\nsys.exit(6)\n")
+    t = Terminal(host_ns.argv("sh", "-i"), PS1="ready> ")
+    with contextlib.closing(t):
+        t.expect("ready> ")
+        t.type(" ".join([*RINGNET, "run", "--", sys.executable, str(job)]) + "\n")
+        t.expect("started")
+        t.type("\x1a")
+        t.expect("Stopped")
+        t.expect("ready> ")
+        t.type("fg\n")
+        t.expect("continued")
+        t.type("words\n")
+        t.expect("read words")
+        t.expect("ready> ")
+        t.type("echo status $?; read line; echo got $line\n")
+        t.expect("status 6")
+        t.type("the terminal\n")
+        t.expect("got the terminal")
+        t.type("exit 3\n")
+        assert t.wait() == 3
+
+
+def test_a_pipe_behind_the_command_keeps_the_terminal(host_ns: Netns) -> None:
+    """`ringnet run CMD | less`: less reads keys, so the command must not take the terminal."""
+    pager = "sh -c 'cat; echo ready; read k </dev/tty; echo key $k'"
+    t = Terminal(host_ns.argv("sh", "-c", f"{' '.join(RINGNET)} run -- echo out | {pager}"))
+    with contextlib.closing(t):
+        t.expect("out")
+        t.expect("ready")
+        t.type("pressed\n")
+        t.expect("key pressed")
+        assert t.wait() == 0

@@ -22,7 +22,7 @@ KINDS = {
 def program(request, tmp_path_factory):
     """Command that runs stage_loop; stages left unfreed are no leak worth a report."""
     path = tmp_path_factory.mktemp("loop") / f"stage_loop_{request.param}"
-    sources = [HERE / "stage_loop.c", *(CSRC / f"rn_{n}.c" for n in ("stage", "ring", "arena", "session"))]
+    sources = [HERE / "stage_loop.c", *(CSRC / f"rn_{n}.c" for n in ("stage", "ring", "arena", "session", "impair", "link"))]
     subprocess.run([os.environ.get("CC", "gcc"), *FLAGS, *KINDS[request.param], f"-I{CSRC}", *map(str, sources),
                     "-o", str(path), "-lpthread"], check=True)
     fixed = fixed_layout() if request.param == "thread" else []

@@ -580,6 +580,18 @@ chunks = st.lists(st.integers(1, 900), min_size=1, max_size=24)
 
 
 @pytest.mark.parametrize("wire", [{"peek": "offset"}, {"peek": "discard"}], indirect=True, ids=["offset", "discard"])
+def test_urgent_data_of_the_host_does_not_stall_what_follows(wire):
+    """RFC 6093 4: in line. The kernel ends each read at the urgent mark, so a short read must not mean "no more"."""
+    with connection(wire) as (g, host):
+        host.sendall(b"before")
+        host.send(b"!", socket.MSG_OOB)
+        host.sendall(b"after")
+        assert g.pull(12) == b"before!after"
+        host.sendall(b"and on")
+        assert g.pull(6) == b"and on"
+
+
+@pytest.mark.parametrize("wire", [{"peek": "offset"}, {"peek": "discard"}], indirect=True, ids=["offset", "discard"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=chunks, seed=st.integers(0, 2**32 - 1), sack=st.booleans(), isn=st.sampled_from([0, 1, M32, M32 - 5000, 2**31 - 3000]))
 def test_any_order_any_repetition_of_guest_segments_delivers_the_stream(wire, sizes, seed, sack, isn):
