@@ -1,8 +1,9 @@
 /* arp.c - answers who has the gateway's IPv4 address; nothing else.
  *
- * There is one guest and we never need to ask: its MAC is the source of its frames. So there is no ARP
- * cache that a forged reply, a gratuitous ARP or an announcement could poison, not even one that claims
- * the gateway's address: all are counted as arp_ignored. No other address of the subnet is answered for:
+ * There is no ARP cache here that a forged reply, a gratuitous ARP or an announcement could poison, not even one that
+ * claims the gateway's address: all are counted as arp_ignored. A guest's MAC is the source of its frames; egress asks
+ * for it only when a forward has something for a guest that never sent any, and gets the replies to the gateway
+ * (stage_classify.c), of which it believes those it asked for (inbound.c). No other address of the subnet is answered for:
  * nobody is there, and the guest finds out by its own ARP timeout.
  *
  * A probe (RFC 5227 2.1.1: sender address 0.0.0.0) for the gateway's address is answered too: the address

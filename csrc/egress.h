@@ -14,6 +14,9 @@
 /* CFFI BEGIN */
 struct egress_config {
 	uint8_t gateway4[4], gateway_mac[6];
+	uint8_t guest4[4];	/* the guest's address, for forwards that name none */
+	uint32_t prefix;	/* length of the guest subnet's, 0: only the gateway is in it */
+	int as_gateway;		/* clients of forwards appear as the gateway, not as themselves */
 	uint32_t mtu;		/* bytes of L3 towards the guest, 576..65520 */
 	int offload;		/* link has virtio-net headers: partial checksums and super-frames allowed */
 	int host_loopback;	/* gateway address reaches the host's 127.0.0.1 */
@@ -28,6 +31,19 @@ struct egress_config {
 int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, const struct egress_config *cfg);
 int stage_egress_step(struct rn_stage *s, int timeout_ms, uint64_t now_ns); /* for tests */
 uint64_t stage_egress_due(struct rn_stage *s); /* for tests: when the loop would wake for a timer, ns */
+
+/* Control, between two runs of the loop. */
+/* End flow @i, if it is still of generation @gen: 0, or -ENOENT. A TCP connection is reset on both sides. */
+int stage_egress_close_flow(struct rn_stage *s, uint32_t i, uint32_t gen);
+struct egress_refusal { /* a flow the guest asked for and did not get */
+	uint8_t guest[16], peer[16]; /* peer as the guest calls it */
+	uint16_t guest_port, peer_port;
+	uint8_t proto;
+	int32_t error; /* errno */
+	uint32_t lost; /* so many before it are not told: over the rate */
+};
+void stage_egress_notices(struct rn_stage *s, int on); /* keep refusals, and return RN_RUN_NOTICE for them */
+int stage_egress_refusal(struct rn_stage *s, struct egress_refusal *out); /* 1: the oldest one kept; 0: none */
 uint64_t stage_egress_siphash(uint64_t key0, uint64_t key1, const void *data, uint64_t len);
 /* CFFI END */
 
@@ -74,7 +90,10 @@ struct eg_lru {
 	uint32_t head, tail, n;
 };
 struct eg_backlog; /* stage_egress.c */
+struct inbound;	   /* inbound.c: forwards */
 
+#define EG_REFUSED 32u	  /* refusals kept until Python takes them; also how many at once, and */
+#define EG_REFUSED_RATE 20u /* a second */
 #define EG_FD_RESERVE 32u /* descriptors that are not host sockets: rings, doorbells, control, epoll */
 
 struct egress {
@@ -94,12 +113,19 @@ struct egress {
 	uint32_t nfds;		       /* host sockets open */
 	uint32_t pending;	       /* TCP connects under way */
 	struct eg_lru udp_lru, icmp_lru; /* mappings; head is the oldest */
+	struct eg_lru tw_lru; /* TCP in TIME-WAIT: the oldest goes when the table is full */
 	struct udp_state *udp;
 	struct icmp_state *icmp;
 	struct tcp_state *tcp;
+	struct proxy_state *px; /* proxy.c; NULL: everything goes directly */
+	struct inbound *in;
 	struct eg_backlog *backlog, **backlog_end; /* datagrams for the guest that found no room, oldest first */
 	uint32_t nbacklog;
 	uint64_t tokens_ns, tokens; /* ICMP errors: bucket (RFC 1812 4.3.2.8) */
+	struct egress_refusal refused[EG_REFUSED]; /* kept for Python, oldest at refused_at */
+	uint32_t refused_at, nrefused, refused_lost;
+	uint64_t refused_ns, refused_tokens; /* rate: what a guest does must not keep Python busy */
+	uint8_t notices;
 	uint8_t raw_ready;	    /* the shared raw ICMP socket may have something */
 	uint16_t ip_id;
 	uint64_t rng;
@@ -125,7 +151,8 @@ struct eg_frame {
 /* Index of the flow with this key, or EG_NONE. */
 uint32_t eg_find(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		 uint16_t pport);
-/* New entry, in the hash, owner words set to this stage, times set; EG_NONE if the table is full. */
+/* New entry, in the hash, owner words set to this stage, times set; EG_NONE if the table is full (of flows that are not
+ * in TIME-WAIT: the oldest of those makes room). */
 uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		uint16_t pport, const uint8_t mac[6]);
 /* Out of hash, wheel, queue, LRU; host socket closed; entry free. Parked segments must be gone. */
@@ -145,12 +172,17 @@ static inline int eg_fd_room(const struct egress *e)
 {
 	return e->nfds + EG_FD_RESERVE < e->cfg.nfile;
 }
-/* Least-recently-used lists of mappings (by proto of the entry): to the young end, added if it is in none. */
+/* Least-recently-used lists of mappings, and of TCP flows in TIME-WAIT (by proto of the entry): to the young end, added
+ * if it is in none. */
 void eg_lru_touch(struct egress *e, uint32_t i);
 /* Put flow in the work queue (once); the protocol's *_work is called with room in the guest ring. */
 void eg_work(struct egress *e, uint32_t i, uint32_t bits);
 uint64_t eg_random(struct egress *e);
 uint64_t eg_siphash(const struct egress *e, const void *data, size_t len); /* SipHash-2-4, session key */
+
+/* Tell whoever watches that the guest did not get this flow; @error an errno. */
+void eg_refused(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
+		uint16_t pport, int error);
 
 /* --- stage_egress.c: output to the guest --- */
 /* The Ethernet header's place in a buffer of eg_out_buf(). */
@@ -189,6 +221,8 @@ int tcp_init(struct egress *e);
 void tcp_fini(struct egress *e); /* RST or FIN what lives, free parked */
 void tcp_input(struct egress *e, struct eg_frame *f);
 void tcp_event(struct egress *e, uint32_t i, uint32_t events);
+/* Told to: both sides see a reset. 0, or -ENOENT if it is on its way out already. */
+int tcp_close_flow(struct egress *e, uint32_t i);
 void tcp_timer(struct egress *e, uint32_t i);
 /* Do some of what is queued; returns 1 if more is left (it is queued again at the end), 0 if not, -1 if it
  * stopped for room or a buffer (it is queued again at the front). */

@@ -15,7 +15,7 @@
  * all traceroute -I needs. A mapping ends after 60 s without a request (RFC 5508 REQ-1), or earlier,
  * least recently used first, when there are 64.
  */
-#include "egress.h"
+#include "inbound.h"
 #include "rn_csum.h"
 
 #include <errno.h>
@@ -231,6 +231,8 @@ void icmp_input(struct egress *e, struct eg_frame *f)
 	int fd, ttl = f->ttl - 1;
 
 	if (f->l4[0] != RN_ICMP_ECHO || f->l4[1] || len > ICMP_MAX) {
+		if (inbound_icmp(e, f))
+			return;
 		e->s->c[RN_C_drop_icmp_type]++;
 		return;
 	}

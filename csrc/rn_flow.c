@@ -68,6 +68,18 @@ uint32_t rn_flows_count(const void *mem)
 	return flows->nflows;
 }
 
+uint32_t rn_flows_next(const void *mem, uint64_t size, uint32_t i)
+{
+	const struct rn_flows *flows = mem;
+	uint32_t nflows;
+
+	if (flows_identity(mem, size, &nflows))
+		return UINT32_MAX;
+	while (i < nflows && atomic_load_explicit(&flows->flow[i].state, memory_order_relaxed) == RN_FL_FREE)
+		i++;
+	return i;
+}
+
 int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_view *out)
 {
 	const struct rn_flow *f;
@@ -109,6 +121,7 @@ int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_vie
 		.rto_us = f->down.rto_us,
 		.retransmits = f->down.retransmits,
 		.parked = f->up.parked,
+		.gen = f->gen,
 	};
 	memcpy(out->guest_addr, f->guest_addr, sizeof(out->guest_addr));
 	memcpy(out->peer_addr, f->peer_addr, sizeof(out->peer_addr));

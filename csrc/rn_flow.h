@@ -20,7 +20,8 @@ enum rn_flow_state { /* TCP states seen from our end towards the guest (RFC 9293
 	RN_FL_SYN_RCVD,	   /* SYN-ACK sent */
 	RN_FL_ESTABLISHED, /* and the half-closed states: see up.fin, down.fin */
 	RN_FL_TIME_WAIT,   /* both FINs acknowledged; the host socket is closed */
-	RN_FL_MAPPED	   /* UDP and ICMP */
+	RN_FL_MAPPED,	   /* UDP and ICMP */
+	RN_FL_SYN_SENT	   /* of a forward: our SYN to the guest is not answered yet */
 };
 /* CFFI END */
 
@@ -55,8 +56,9 @@ struct rn_half_down { /* host to guest; sequence numbers are ours */
 #define RN_FIN_ACKED 4u /* down: guest acknowledged our FIN */
 
 struct rn_flow {
-	uint8_t guest_addr[16], peer_addr[16]; /* v4-mapped; peer as the guest calls it; UDP mapping: zero */
-	uint16_t guest_port, peer_port;	       /* host order; ICMP: guest_port is the echo identifier */
+	uint8_t guest_addr[16], peer_addr[16]; /* v4-mapped; peer as the guest calls it; UDP mapping: zero, */
+	uint16_t guest_port, peer_port;	       /* host order; ICMP: guest_port is the echo identifier; UDP mapping: peer_port 0,
+					* or which proxy carries it (proxy.c) */
 	uint8_t proto;			       /* RN_IPPROTO_* */
 	_Atomic uint8_t state;		       /* enum rn_flow_state; relaxed, for the monitor */
 	uint8_t guest_mac[6];
@@ -89,8 +91,11 @@ struct rn_flow_view { /* one entry, for the monitor */
 	uint32_t up_owner, down_owner;
 	uint64_t created_ns, last_ns, up_bytes, up_packets, down_bytes, down_packets;
 	uint32_t rcv_nxt, rcv_adv, snd_una, snd_nxt, snd_wnd, mss, srtt_us, rto_us, retransmits, parked;
+	uint32_t gen; /* counts uses of the entry: with its index it names this flow and no later one */
 };
 uint32_t rn_flows_count(const void *mem);
+/* First entry in use from @i on; rn_flows_count() or more: none. */
+uint32_t rn_flows_next(const void *mem, uint64_t size, uint32_t i);
 /* 0, -ENOENT if entry @i is free, -EINVAL if there is none. */
 int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_view *out);
 /* CFFI END */

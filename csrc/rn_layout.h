@@ -19,6 +19,7 @@
 #define RN_ARENA_MAGIC 0x52416e72u   /* "rnAR" */
 #define RN_SESSION_MAGIC 0x53536e72u /* "rnSS" */
 #define RN_FLOWS_MAGIC 0x464c6e72u   /* "rnLF" */
+#define RN_NAMES_MAGIC 0x4d4e6e72u   /* "rnNM" */
 
 #define RN_STAGES_MAX 8u /* rows in the stage table; topology.py uses the first ones, in its order */
 

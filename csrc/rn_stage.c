@@ -669,6 +669,10 @@ int rn_stage_run(struct rn_stage *s)
 		}
 		if (RN_UNLIKELY(rn_stage_stopped(s)))
 			return RN_RUN_STOPPED;
+		if (RN_UNLIKELY(s->notice)) {
+			s->notice = 0;
+			return RN_RUN_NOTICE;
+		}
 		if (!work) {
 			if (s->draining && rings_empty(s) && !rn_stage_impair_held(s) && (!s->ops->drained || s->ops->drained(s)))
 				return RN_RUN_DRAINED;

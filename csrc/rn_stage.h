@@ -29,7 +29,8 @@ enum rn_run { /* why rn_stage_run() returned */
 	RN_RUN_DRAINED,	    /* rn_stage_drain() was called and nothing is left to move */
 	RN_RUN_STOPPED,	    /* the cell's stop word was set */
 	RN_RUN_SIGNAL,	    /* EINTR: let Python run its handlers */
-	RN_RUN_ERROR	    /* rn_stage_error() says what */
+	RN_RUN_ERROR,	    /* rn_stage_error() says what */
+	RN_RUN_NOTICE	    /* the kind has something to tell: rn_stage.notice was set */
 };
 
 struct rn_stage; /* opaque to Python */
@@ -69,7 +70,7 @@ void rn_stage_fini(struct rn_stage *s); /* the kind's fini, counters published *
 #define RN_INPUTS_MAX 6
 
 /* epoll_event.data.u64 = tag << 32 | index */
-enum rn_tag { RN_TAG_BELL = 0, RN_TAG_CONTROL, RN_TAG_LINK, RN_TAG_FLOW, RN_TAG_OTHER };
+enum rn_tag { RN_TAG_BELL = 0, RN_TAG_CONTROL, RN_TAG_LINK, RN_TAG_FLOW, RN_TAG_OTHER, RN_TAG_LISTEN, RN_TAG_PROXY };
 #define RN_EV(tag, index) ((uint64_t)(tag) << 32 | (uint32_t)(index))
 
 struct rn_stage_ops {
@@ -93,6 +94,7 @@ struct rn_stage {
 	uint32_t in_row[RN_INPUTS_MAX]; /* producer's stage row */
 	uint32_t nin;
 	uint32_t next_in; /* round robin start */
+	uint8_t notice;	  /* set by a turn: rn_stage_run() returns RN_RUN_NOTICE, once */
 	struct rn_ring_tx out[RN_NROLES];
 	uint32_t out_row[RN_NROLES]; /* consumer's stage row */
 	uint8_t has_out[RN_NROLES];

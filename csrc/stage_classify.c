@@ -181,6 +181,25 @@ static void forward(struct rn_stage *s, int role, struct rn_buf *b, const uint8_
 	s->c[RN_C_bytes_out] += p->frame_len;
 }
 
+/* A reply to the gateway: egress may have asked (inbound.c). 1: handed on; 0: it is none, or egress is behind. */
+static int arp_forward(struct rn_stage *s, const struct stage_classify *c, struct rn_buf *b, const struct rn_view *v)
+{
+	const uint8_t *arp = rn_view_get(v, RN_ETH_HLEN, RN_ARP_LEN);
+	int room;
+
+	if (!arp || rn_get16(arp + RN_ARP_OP) != RN_ARP_REPLY || memcmp(arp + RN_ARP_TPA, c->cfg.gateway4, 4))
+		return 0;
+	room = rn_stage_room(s, RN_ROLE_BRIDGE, 1);
+	s->want_room[RN_ROLE_BRIDGE] = 0;
+	if (!room)
+		return 0;
+	b->meta = (struct rn_meta){ .ip_version = 0 };
+	rn_stage_emit(s, RN_ROLE_BRIDGE, b, v->data, v->len, 0);
+	s->c[RN_C_frames_out]++;
+	s->c[RN_C_bytes_out] += v->len;
+	return 1;
+}
+
 /* services is behind: its frames are dropped, everybody else's are not held up. */
 static int service_room(struct rn_stage *s)
 {
@@ -267,6 +286,11 @@ static int classify_one(struct rn_stage *s, struct stage_classify *c, const stru
 		return 1;
 	case RN_V_ARP:
 		arp_answer(s, c, &v);
+		break;
+	case RN_V_ARP_IGNORED:
+		s->c[RN_C_arp_ignored]++;
+		if (arp_forward(s, c, b, &v))
+			return 1;
 		break;
 	case RN_V_FRAGMENT:
 		s->c[RN_C_fragments_in]++;

@@ -6,11 +6,12 @@
  * A turn, in this order, each part bounded:
  *   1. a burst of frames from the input rings. They are always taken, also when the guest's ring is full:
  *      a protocol notes what it owes the guest as work, so ACKs and data upwards never wait for room downwards.
- *   2. datagrams that found no room earlier (the backlog), oldest first. While one is left, step 3 is
- *      skipped: everything it could do needs the same room.
- *   3. the work queue: flows with something to do, first in, first out; a flow that has more goes to the end,
+ *   2. datagrams that found no room earlier (the backlog), oldest first. While one is left, 3 (its
+ *      datagrams) and 4 are skipped: everything they could do needs the same room.
+ *   3. forwards (inbound.c): new connections and datagrams from outside.
+ *   4. the work queue: flows with something to do, first in, first out; a flow that has more goes to the end,
  *      so one busy flow does not starve the others. Socket events only put flows here.
- *   4. timers that are due.
+ *   5. timers that are due.
  *
  * Flow table: entries lie in shared memory (rn_flow.h); chains, timers and descriptors are private, in an
  * array of the same index. The hash is SipHash-2-4 with the session's key, because the guest chooses ports
@@ -21,6 +22,8 @@
  * segment does it) only stores the new time; the entry is hung anew when its old slot comes up.
  */
 #include "egress.h"
+#include "inbound.h"
+#include "proxy.h"
 #include "rn_csum.h"
 
 #include <errno.h>
@@ -169,10 +172,14 @@ uint32_t eg_find(struct egress *e, uint8_t proto, const uint8_t guest[16], uint1
 uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		uint16_t pport, const uint8_t mac[6])
 {
-	uint32_t i = e->free_head, bucket = key_bucket(e, proto, guest, gport, peer, pport);
+	uint32_t i, bucket = key_bucket(e, proto, guest, gport, peer, pport);
 	struct flow_priv *p;
 	struct rn_flow *fl;
 
+	/* A flow in TIME-WAIT has no socket, no parked data and no work but an ACK: it only remembers. */
+	if (e->free_head == EG_NONE && e->tw_lru.head != EG_NONE)
+		eg_drop(e, e->tw_lru.head);
+	i = e->free_head;
 	if (i == EG_NONE)
 		return EG_NONE;
 	p = &e->priv[i];
@@ -219,7 +226,13 @@ uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16
 
 static struct eg_lru *lru_of(struct egress *e, uint32_t i)
 {
-	return e->priv[i].proto == RN_IPPROTO_ICMP ? &e->icmp_lru : &e->udp_lru;
+	switch (e->priv[i].proto) {
+	case RN_IPPROTO_ICMP:
+		return &e->icmp_lru;
+	case RN_IPPROTO_TCP:
+		return &e->tw_lru;
+	}
+	return e->in->flow[i].serial ? &e->in->lru : &e->udp_lru;
 }
 
 static void lru_del(struct egress *e, uint32_t i)
@@ -326,6 +339,8 @@ void eg_drop(struct egress *e, uint32_t i)
 	eg_timer(e, i, UINT64_MAX);
 	work_unlink(e, i);
 	lru_del(e, i);
+	inbound_dropped(e, i);
+	proxy_dropped(e, i);
 	while (*link != EG_NONE && *link != i)
 		link = &e->priv[*link].hash_next;
 	if (*link == i)
@@ -339,6 +354,82 @@ void eg_drop(struct egress *e, uint32_t i)
 	p->hash_next = e->free_head;
 	e->free_head = i;
 	e->used--;
+}
+
+/**
+ * stage_egress_close_flow() - End a flow because somebody says so
+ * @s:		Stage after stage_egress_init()
+ * @i:		Its entry
+ * @gen:	The entry's generation when the flow was seen: a later flow in the same entry stays
+ *
+ * Return: 0, or -ENOENT if that flow is gone.
+ */
+int stage_egress_close_flow(struct rn_stage *s, uint32_t i, uint32_t gen)
+{
+	struct egress *e = s->priv;
+
+	if (i >= e->nflows || !e->priv[i].proto || eg_flow(e, i)->gen != gen)
+		return -ENOENT;
+	s->now = rn_now_ns();
+	if (e->priv[i].proto == RN_IPPROTO_TCP)
+		return tcp_close_flow(e, i);
+	eg_drop(e, i);
+	return 0;
+}
+
+void stage_egress_notices(struct rn_stage *s, int on)
+{
+	struct egress *e = s->priv;
+
+	e->notices = on != 0;
+	e->nrefused = e->refused_lost = 0;
+	e->refused_ns = rn_now_ns();
+	e->refused_tokens = EG_REFUSED * EG_NS;
+}
+
+int stage_egress_refusal(struct rn_stage *s, struct egress_refusal *out)
+{
+	struct egress *e = s->priv;
+
+	if (!e->nrefused)
+		return 0;
+	*out = e->refused[e->refused_at];
+	e->refused_at = (e->refused_at + 1) % EG_REFUSED;
+	e->nrefused--;
+	return 1;
+}
+
+void eg_refused(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
+		uint16_t pport, int error)
+{
+	struct egress_refusal *r;
+
+	if (!e->notices)
+		return;
+	if (e->s->now > e->refused_ns) {
+		uint64_t since = e->s->now - e->refused_ns, full = EG_REFUSED * EG_NS;
+
+		if (since > EG_NS * EG_REFUSED / EG_REFUSED_RATE)
+			e->refused_tokens = full;
+		else
+			e->refused_tokens += since * EG_REFUSED_RATE;
+		if (e->refused_tokens > full)
+			e->refused_tokens = full;
+		e->refused_ns = e->s->now;
+	}
+	if (e->nrefused == EG_REFUSED || e->refused_tokens < EG_NS) {
+		e->refused_lost++;
+		return;
+	}
+	e->refused_tokens -= EG_NS;
+	r = &e->refused[(e->refused_at + e->nrefused++) % EG_REFUSED];
+	*r = (struct egress_refusal){
+		.guest_port = gport, .peer_port = pport, .proto = proto, .error = error, .lost = e->refused_lost,
+	};
+	memcpy(r->guest, guest, 16);
+	memcpy(r->peer, peer, 16);
+	e->refused_lost = 0;
+	e->s->notice = 1;
 }
 
 /* --- host sockets --- */
@@ -487,15 +578,14 @@ static int run_timers(struct egress *e)
 	return fired || e->wheel[EG_WHEEL] != EG_NONE;
 }
 
-static uint64_t egress_deadline(struct rn_stage *s)
+static uint64_t wheel_deadline(const struct egress *e)
 {
-	const struct egress *e = s->priv;
 	uint32_t first = (uint32_t)((e->wheel_at + 1) % EG_WHEEL);
 
 	if (!e->ntimers)
 		return UINT64_MAX;
 	if (e->wheel[EG_WHEEL] != EG_NONE)
-		return s->now;
+		return e->s->now;
 	/* Words of the bitmap from the next slot on, once round: the first word is looked at twice, its high
 	 * part first, its low part last. */
 	for (uint32_t k = 0; k <= EG_WHEEL / 64; k++) {
@@ -513,6 +603,14 @@ static uint64_t egress_deadline(struct rn_stage *s)
 		}
 	}
 	return UINT64_MAX;
+}
+
+static uint64_t egress_deadline(struct rn_stage *s)
+{
+	const struct egress *e = s->priv;
+	uint64_t wheel = wheel_deadline(e), in = inbound_deadline(e);
+
+	return wheel < in ? wheel : in;
 }
 
 /* --- output to the guest --- */
@@ -792,11 +890,18 @@ static void take_frame(struct egress *e, const struct rn_desc *d)
 		s->c[RN_C_drop_bad_descriptor]++;
 		return;
 	}
+	if (b->meta.ip_version == 0 && d->len >= RN_ETH_HLEN + RN_ARP_LEN &&
+	    rn_get16(s->pool.base + d->off + 12) == RN_ETHERTYPE_ARP) { /* stage_classify.c */
+		inbound_arp(e, s->pool.base + d->off, d->len);
+		rn_buf_free(&s->pool, b);
+		return;
+	}
 	if (check_frame(&f, b, s->pool.base + d->off, d->len)) {
 		s->c[RN_C_drop_bad_descriptor]++;
 		rn_buf_free(&s->pool, b);
 		return;
 	}
+	inbound_learn(e, f.ip + RN_IP4_SRC, f.eth + 6);
 	switch (f.proto) {
 	case RN_IPPROTO_TCP:
 		tcp_input(e, &f);
@@ -877,6 +982,7 @@ static int egress_turn(struct rn_stage *s)
 	int did = run_input(e);
 
 	did |= run_backlog(e);
+	did |= inbound_turn(e);
 	did |= run_work(e);
 	did |= run_timers(e);
 	return did;
@@ -890,6 +996,14 @@ static void egress_event(struct rn_stage *s, uint32_t tag, uint32_t index, uint3
 
 	if (tag == RN_TAG_OTHER) {
 		icmp_event(e, EG_NONE, events);
+		return;
+	}
+	if (tag == RN_TAG_LISTEN) {
+		inbound_event(e, index);
+		return;
+	}
+	if (tag == RN_TAG_PROXY) {
+		proxy_event(e, index, events);
 		return;
 	}
 	if (tag != RN_TAG_FLOW || index >= e->nflows || e->priv[index].fd < 0)
@@ -916,12 +1030,14 @@ static int egress_drained(struct rn_stage *s)
 
 static void egress_free(struct egress *e)
 {
+	inbound_fini(e);
 	while (e->backlog) {
 		struct eg_backlog *k = e->backlog;
 
 		e->backlog = k->next;
 		free(k);
 	}
+	proxy_fini(e);
 	free(e->hash);
 	free(e->priv);
 	free(e);
@@ -981,7 +1097,7 @@ static int init_tables(struct egress *e)
 		e->free_head = i;
 	}
 	e->work_head = e->work_tail = EG_NONE;
-	e->udp_lru = e->icmp_lru = (struct eg_lru){ .head = EG_NONE, .tail = EG_NONE };
+	e->udp_lru = e->icmp_lru = e->tw_lru = (struct eg_lru){ .head = EG_NONE, .tail = EG_NONE };
 	e->backlog_end = &e->backlog;
 	return 0;
 }
@@ -1033,6 +1149,12 @@ int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, cons
 		return rn_fail(s, r, "no memory for the flow table");
 	}
 	s->priv = e;
+	r = inbound_init(e);
+	if (r) {
+		egress_free(e);
+		s->priv = NULL;
+		return rn_fail(s, r, "forwards: %s", strerror(-r));
+	}
 	r = tcp_init(e);
 	if (r) {
 		egress_free(e);

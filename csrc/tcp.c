@@ -28,6 +28,7 @@
  * Timeouts: SYN-ACK resent 5 times from 1 s; data given up after TCP_RETRIES timeouts; keepalive after 2 h idle.
  */
 #include "tcp_internal.h"
+#include "proxy.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -102,7 +103,11 @@ void tcp_gone(struct egress *e, uint32_t i)
 
 	if (get_state(eg_flow(e, i)) == RN_FL_CONNECTING)
 		e->pending--;
+	else if (get_state(eg_flow(e, i)) == RN_FL_SYN_SENT)
+		tcp_in_settled(e, i);
 	tcp_park_drop(e, i);
+	free(e->tcp->flow[i].sacked);
+	e->tcp->flow[i].sacked = NULL;
 	p->flags = 0;
 	eg_drop(e, i);
 }
@@ -126,6 +131,26 @@ void tcp_host_reset(struct egress *e, uint32_t i)
 	tcp_park_drop(e, i);
 	e->priv[i].work = 0;
 	eg_work(e, i, W_RST);
+}
+
+int tcp_close_flow(struct egress *e, uint32_t i)
+{
+	if (get_state(eg_flow(e, i)) == RN_FL_TIME_WAIT) {
+		tcp_gone(e, i); /* over on both sides already */
+		return 0;
+	}
+	if (get_state(eg_flow(e, i)) == RN_FL_CONNECTING) {
+		e->pending--; /* the guest's SYN gets an RST */
+		set_state(eg_flow(e, i), RN_FL_SYN_RCVD);
+	}
+	if (e->priv[i].work & (W_RST | W_FAIL))
+		return -ENOENT;
+	e->s->c[RN_C_tcp_closed_by_control]++;
+	tcp_abort_host(e, i);
+	tcp_park_drop(e, i);
+	e->priv[i].work = 0;
+	eg_work(e, i, W_RST);
+	return 0;
 }
 
 /* We give up on the guest. */
@@ -155,6 +180,7 @@ void tcp_maybe_closed(struct egress *e, uint32_t i)
 	p->rto_at = UINT64_MAX;
 	p->life_at = e->s->now + TCP_TIME_WAIT_NS;
 	p->work &= W_ACK;
+	eg_lru_touch(e, i);
 	tcp_set_timer(e, i);
 }
 
@@ -180,16 +206,28 @@ int tcp_work(struct egress *e, uint32_t i)
 		return 0;
 	}
 	if (p->work & W_RST) {
-		struct rn_buf *b = eg_out_buf(e, RN_SMALL);
+		int early = get_state(f) == RN_FL_SYN_SENT;
+		struct rn_buf *b;
 
+		if (early && !(p->flags & F_SYN_OUT)) { /* it never heard of it */
+			tcp_gone(e, i);
+			return 0;
+		}
+		b = eg_out_buf(e, RN_SMALL);
 		if (!b)
 			return -1;
 		e->s->c[RN_C_tcp_rst_sent]++;
 		/* At the highest sequence number sent: what the guest expects next if nothing was lost, so that it takes the
 		 * RST at once (RFC 5961 3.2); if something was, its challenge ACK is answered by tcp_reply_rst(). */
-		tcp_emit(e, f, b, f->down.snd_max, f->up.rcv_nxt, RN_TH_RST | RN_TH_ACK, 0, NULL, 0, 0, f->down.mss);
+		tcp_emit(e, f, b, f->down.snd_max, f->up.rcv_nxt, early ? RN_TH_RST : RN_TH_RST | RN_TH_ACK, 0, NULL, 0, 0,
+			 f->down.mss);
 		tcp_gone(e, i);
 		return 0;
+	}
+	if (p->work & W_SYN) {
+		if (get_state(f) == RN_FL_SYN_SENT && tcp_send_syn(e, i))
+			return -1;
+		p->work &= ~(uint32_t)W_SYN;
 	}
 	if (p->work & W_SYNACK) {
 		if (tcp_send_synack(e, i))
@@ -262,14 +300,26 @@ void tcp_event(struct egress *e, uint32_t i, uint32_t events)
 
 	if (p->fd < 0)
 		return;
+	if (get_state(f) == RN_FL_SYN_SENT) {
+		tcp_in_event(e, i, events);
+		return;
+	}
 	if (get_state(f) == RN_FL_CONNECTING) {
-		int err = 0;
+		int err = 0, via = proxy_tcp_pending(e, i);
 		socklen_t l = sizeof(err);
 
-		if (!(events & (EPOLLOUT | EPOLLERR | EPOLLHUP)))
+		if (!via && !(events & (EPOLLOUT | EPOLLERR | EPOLLHUP)))
 			return;
 		if (getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &err, &l) < 0)
 			err = errno;
+		if (via) {
+			int r = proxy_tcp_step(e, i, err);
+
+			if (r > 0)
+				return;
+			err = -r;
+			events |= EPOLLIN; /* what followed the proxy's answer is no new edge */
+		}
 		tcp_connect_done(e, i, err);
 		if (err)
 			return;
@@ -298,6 +348,24 @@ void tcp_event(struct egress *e, uint32_t i, uint32_t events)
 
 /* --- timers --- */
 
+/* In fast recovery with SACK the timer waits for a round, not for the timeout: twice the round-trip time, doubled each
+ * round that brought nothing, never later than the timeout. Without ranges it stays what it is. */
+static void recovery_timer(struct egress *e, uint32_t i)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct tcp_flow *x = &e->tcp->flow[i];
+	uint64_t wait = 2ull * eg_flow(e, i)->down.srtt_us, rto = tcp_rto_after(e, i);
+
+	if (x->nsacked && (p->flags & F_RECOVER)) {
+		if (wait < TCP_ROUND_MIN_US)
+			wait = TCP_ROUND_MIN_US;
+		p->rto_at = e->s->now + us(wait << x->rounds);
+		if (p->rto_at > rto || x->rounds >= TCP_ROUNDS)
+			p->rto_at = rto;
+	}
+	tcp_set_timer(e, i);
+}
+
 void tcp_timer(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
@@ -324,6 +392,10 @@ void tcp_timer(struct egress *e, uint32_t i)
 				p->life_at = e->s->now + TCP_KEEPALIVE_INTERVAL_NS;
 				eg_work(e, i, W_PROBE);
 			}
+		} else if (st == RN_FL_CONNECTING && proxy_tcp_pending(e, i)) {
+			proxy_tcp_late(e, i);
+			tcp_connect_done(e, i, ETIMEDOUT);
+			return;
 		} else {
 			p->life_at = UINT64_MAX;
 		}
@@ -333,6 +405,17 @@ void tcp_timer(struct egress *e, uint32_t i)
 		return;
 	}
 	p->rto_at = UINT64_MAX;
+	if (st == RN_FL_ESTABLISHED && (p->flags & F_RECOVER) && e->tcp->flow[i].nsacked && f->down.snd_wnd &&
+	    e->tcp->flow[i].rounds < TCP_ROUNDS) {
+		e->tcp->flow[i].rounds++;
+		tcp_sack_round(e, i);
+		recovery_timer(e, i);
+		return;
+	}
+	if (st == RN_FL_SYN_SENT) {
+		tcp_in_timer(e, i); /* may drop it */
+		return;
+	}
 	if (st == RN_FL_SYN_RCVD) {
 		if (p->backoff++ >= TCP_SYN_RETRIES) {
 			give_up(e, i);
@@ -374,7 +457,7 @@ void tcp_timer(struct egress *e, uint32_t i)
 /* --- segments from the guest --- */
 
 /* RFC 6298 2.2, 2.3 */
-static void rtt_sample(struct rn_flow *f, uint64_t ns)
+void tcp_rtt_sample(struct rn_flow *f, uint64_t ns)
 {
 	uint32_t r = (uint32_t)(ns / 1000u), rto;
 
@@ -421,10 +504,11 @@ static int new_ack(struct egress *e, uint32_t i, uint32_t ack)
 		f->down.snd_nxt = ack; /* after going back: the guest had more than we thought */
 	if ((p->flags & F_TIMED) && SEQ_GE(ack, p->rtt_seq)) {
 		p->flags &= ~(uint32_t)F_TIMED;
-		rtt_sample(f, e->s->now - p->rtt_ns);
+		tcp_rtt_sample(f, e->s->now - p->rtt_ns);
 	}
 	p->backoff = 0;
 	p->dupacks = 0;
+	x->rounds = 0;
 	if (p->flags & F_SLOW) {
 		x->cwnd += n; /* slow start (RFC 5681 3.1) */
 		if (SEQ_GE(ack, p->recover))
@@ -513,8 +597,9 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	}
 	uint32_t scaled = sg->wnd << f->down.wscale;
 	struct tcp_flow *x = &e->tcp->flow[i];
+	int news = SEQ_GT(sg->ack, f->down.snd_una);
 
-	if (SEQ_GT(sg->ack, f->down.snd_una)) {
+	if (news) {
 		if (new_ack(e, i, sg->ack))
 			return;
 	} else if (sg->ack == f->down.snd_una && f->down.snd_max != f->down.snd_una && !sg->len && !fin &&
@@ -533,13 +618,20 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 		e->s->c[RN_C_tcp_fast_retransmit]++;
 		p->flags |= F_RECOVER;
 		p->recover = f->down.snd_max;
-		x->rxt_nxt = f->down.snd_una;
-		eg_work(e, i, W_REXMIT);
+		x->rounds = 0;
+		tcp_sack_round(e, i);
+		recovery_timer(e, i);
 	} else if ((p->flags & F_RECOVER) && x->nsacked) {
-		eg_work(e, i, W_REXMIT); /* holes it tells for the first time */
+		if (SEQ_GT(x->sack_high, x->round_end) && SEQ_LT(f->down.snd_una, x->rxt_nxt))
+			tcp_sack_round(e, i); /* what was sent later is there, what was resent is not */
+		else
+			eg_work(e, i, W_REXMIT); /* holes it tells for the first time */
+		if (news)
+			recovery_timer(e, i);
 	}
+	/* RFC 9293 3.10.7.4, and a new ACK always: the window counts from it, and the old one would reach too far. */
 	if (SEQ_LE(f->down.snd_una, sg->ack) &&
-	    (SEQ_LT(f->down.snd_wl1, sg->seq) || (f->down.snd_wl1 == sg->seq && SEQ_LE(f->down.snd_wl2, sg->ack)))) {
+	    (news || SEQ_LT(f->down.snd_wl1, sg->seq) || (f->down.snd_wl1 == sg->seq && SEQ_LE(f->down.snd_wl2, sg->ack)))) {
 		int opened = scaled > f->down.snd_wnd;
 
 		f->down.snd_wnd = scaled;
@@ -604,6 +696,17 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	tcp_maybe_closed(e, i);
 }
 
+/* A guest may change its MAC address, but nothing vouches for a frame's: no checksum we verify covers it. One damaged
+ * ACK must not send all we have to nobody, when the guest has nothing more to say; two in a row with one address do. */
+static void hear_mac(struct egress *e, uint32_t i, const uint8_t *src)
+{
+	uint8_t *heard = e->tcp->flow[i].mac_heard, *to = eg_flow(e, i)->guest_mac;
+
+	if (RN_UNLIKELY(memcmp(to, src, 6)) && !memcmp(heard, src, 6))
+		memcpy(to, src, 6);
+	memcpy(heard, src, 6);
+}
+
 void tcp_input(struct egress *e, struct eg_frame *fr)
 {
 	struct seg sg;
@@ -638,6 +741,9 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 	if (e->priv[i].work & (W_RST | W_FAIL))
 		return; /* on its way out: the answer is queued */
 	switch (get_state(f)) {
+	case RN_FL_SYN_SENT:
+		tcp_in_segment(e, i, fr, &sg);
+		return;
 	case RN_FL_CONNECTING:
 	case RN_FL_SYN_RCVD:
 		if (sg.flags & RN_TH_RST) {
@@ -653,6 +759,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 		}
 		if (sg.flags & RN_TH_SYN) {
 			if (sg.seq == f->up.irs) { /* the same SYN again */
+				memcpy(f->guest_mac, fr->eth + 6, 6); /* perhaps because our answers went astray */
 				if (get_state(f) == RN_FL_SYN_RCVD)
 					eg_work(e, i, W_SYNACK);
 				return;
@@ -674,7 +781,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 			eg_work(e, i, W_ACK); /* RFC 9293 3.10.7.4, first: not acceptable */
 			return;
 		}
-		memcpy(f->guest_mac, fr->eth + 6, 6);
+		hear_mac(e, i, fr->eth + 6);
 		set_state(f, RN_FL_ESTABLISHED);
 		e->s->c[RN_C_tcp_established]++;
 		f->down.snd_una = sg.ack;
@@ -683,7 +790,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 		f->down.snd_wl2 = sg.ack;
 		e->tcp->flow[i].wnd_max = f->down.snd_wnd;
 		if (!e->priv[i].backoff)
-			rtt_sample(f, e->s->now - e->priv[i].rtt_ns);
+			tcp_rtt_sample(f, e->s->now - e->priv[i].rtt_ns);
 		else
 			f->down.rto_us = TCP_RTO_SYN_LOST_US;
 		e->priv[i].backoff = 0;
@@ -709,7 +816,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 		}
 		return;
 	case RN_FL_ESTABLISHED:
-		memcpy(f->guest_mac, fr->eth + 6, 6);
+		hear_mac(e, i, fr->eth + 6);
 		segment(e, i, fr, &sg);
 		return;
 	}
@@ -728,13 +835,14 @@ void tcp_fini(struct egress *e)
 
 			if (f->proto != RN_IPPROTO_TCP || st == RN_FL_FREE)
 				continue;
-			if (st == RN_FL_ESTABLISHED || st == RN_FL_SYN_RCVD) {
+			if (st == RN_FL_ESTABLISHED || st == RN_FL_SYN_RCVD || st == RN_FL_SYN_SENT) {
 				struct rn_buf *b = eg_out_buf(e, RN_SMALL);
+				uint8_t flags = st == RN_FL_SYN_SENT ? RN_TH_RST : RN_TH_RST | RN_TH_ACK;
 
 				/* A cut connection must not look like a whole one to either side. */
 				if (b)
-					tcp_emit(e, f, b, f->down.snd_max, f->up.rcv_nxt, RN_TH_RST | RN_TH_ACK, 0,
-						     NULL, 0, 0, f->down.mss ? f->down.mss : 536);
+					tcp_emit(e, f, b, f->down.snd_max, f->up.rcv_nxt, flags, 0, NULL, 0, 0,
+						 f->down.mss ? f->down.mss : 536);
 				tcp_abort_host(e, i);
 			}
 			tcp_gone(e, i);

@@ -58,17 +58,21 @@ static ssize_t peek(struct egress *e, uint32_t i, uint32_t off, uint8_t *to, uin
 	if ((uint32_t)n == off) {
 		/* Nothing behind what is in flight: more to come, or the end? With data queued the peek cannot tell. */
 		struct tcp_info ti;
-		socklen_t l = sizeof(ti);
+		socklen_t l = sizeof(ti), el = sizeof(int);
+		int err = 0;
 
 		if (!off)
 			return 0;
 		if (!(p->flags & F_HUP))
 			return -EAGAIN;
+		/* A reset closes the socket too, but with an error, which the kernel keeps to itself as long as data is queued. */
+		if (getsockopt(p->fd, SOL_SOCKET, SO_ERROR, &err, &el) < 0 || err)
+			return err ? -err : -errno;
 		if (p->is_unix)
 			return 0;
 		if (getsockopt(p->fd, IPPROTO_TCP, TCP_INFO, &ti, &l) < 0)
 			return -errno;
-		/* The peer's FIN is in: these states are entered by it and no other way (RFC 9293 3.3.2). */
+		/* The peer's FIN is in: without an error these states are entered by it and no other way (RFC 9293 3.3.2). */
 		return ti.tcpi_state == TCP_CLOSE_WAIT || ti.tcpi_state == TCP_LAST_ACK || ti.tcpi_state == TCP_CLOSING ||
 				       ti.tcpi_state == TCP_TIME_WAIT || ti.tcpi_state == TCP_CLOSE
 			       ? 0

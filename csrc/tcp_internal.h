@@ -1,5 +1,5 @@
 /* tcp_internal.h - what the files of the TCP bridge share: tcp.c (theory of operation, life of a connection),
- * tcp_open.c (SYN and host connect), tcp_up.c (guest to host), tcp_down.c (host to guest), tcp_sack.c (selective
+ * tcp_open.c (SYN and host connect), tcp_in.c (SYN to the guest), tcp_up.c (guest to host), tcp_down.c (host to guest), tcp_sack.c (selective
  * acknowledgement), tcp_out.c (segments).
  * Nobody else includes it.
  */
@@ -29,7 +29,7 @@
 #define TCP_RETRIES 12u		 /* about 6 minutes at the maximum; RFC 9293 3.8.3 R2 >= 100 s */
 #define TCP_SYN_RETRIES 5u
 #define TCP_RTO_SYN_LOST_US 3000000u /* RFC 6298 5.7 */
-#define TCP_TIME_WAIT_NS 1000000000ull
+#define TCP_TIME_WAIT_NS 60000000000ull /* as Linux: some of the guest's timeouts, should our last ACKs be lost */
 #define TCP_KEEPALIVE_NS (7200ull * 1000000000ull) /* RFC 9293 3.8.4 */
 #define TCP_KEEPALIVE_INTERVAL_NS (75ull * 1000000000ull)
 #define TCP_KEEPALIVE_PROBES 9u
@@ -49,7 +49,8 @@ enum { /* flow_priv.work: what there is to do */
 	W_RST = 1u << 4,   /* tell the guest, then drop */
 	W_FAIL = 1u << 5,  /* connect failed (tcp_flow.error): tell the guest, then drop */
 	W_PROBE = 1u << 6, /* window probe or keepalive */
-	W_REXMIT = 1u << 7 /* one segment at snd_una again */
+	W_REXMIT = 1u << 7, /* one segment at snd_una again */
+	W_SYN = 1u << 8	    /* of a forward: SYN to the guest */
 };
 
 enum { /* flow_priv.flags */
@@ -65,7 +66,10 @@ enum { /* flow_priv.flags */
 	F_GUEST_WS = 1u << 9,  /* window scale agreed */
 	F_PEEK_OFF = 1u << 10, /* SO_PEEK_OFF works on this socket */
 	F_SACK = 1u << 11,     /* selective acknowledgement agreed */
-	F_URG = 1u << 12       /* host side sent urgent data: reads stop at its mark, a short one means nothing */
+	F_URG = 1u << 12,      /* host side sent urgent data: reads stop at its mark, a short one means nothing */
+	F_SYN_OUT = 1u << 13,  /* of a forward: the guest may have seen our SYN */
+	F_SYN_AGAIN = 1u << 14, /* and one was sent again because an old connection was in the way */
+	F_ASKED = 1u << 15	/* the SYN waits for the guest's MAC address */
 };
 
 struct eg_parked {
@@ -77,7 +81,9 @@ struct eg_parked {
 };
 
 #define TCP_SACK_BLOCKS 4u /* an option of 34 bytes: all that 40 bytes of options hold (RFC 2018 3) */
-#define TCP_SACK_RANGES 8u /* kept of the guest's */
+#define TCP_SACK_RANGES 64u /* kept of the guest's: holes of a window at some per cent of loss */
+#define TCP_ROUND_MIN_US 8000u /* two ticks of the wheel: a round of recovery is not taken for lost earlier */
+#define TCP_ROUNDS 6u /* rounds without progress, then the retransmission timeout proper */
 
 struct tcp_range {
 	uint32_t lo, hi; /* sequence numbers [lo, hi) */
@@ -89,8 +95,12 @@ struct tcp_flow { /* what only the TCP files need of a flow */
 	uint32_t wnd_max; /* largest window the guest offered (RFC 9293 3.8.6.2.1) */
 	uint32_t sack_last; /* start of the early segment that came last */
 	uint32_t rxt_nxt;   /* fast recovery: holes before this were sent again */
-	struct tcp_range sacked[TCP_SACK_RANGES]; /* above snd_una, sorted, apart */
+	struct tcp_range *sacked; /* TCP_SACK_RANGES, made at the first block; above snd_una, sorted, apart */
+	uint32_t sack_high; /* highest sequence number the guest said it holds */
+	uint32_t round_end; /* fast recovery: snd_max when this round of resending began */
 	uint8_t nsacked;
+	uint8_t rounds; /* since snd_una moved */
+	uint8_t mac_heard[6]; /* source of the last segment */
 	int32_t error;	  /* errno of a failed connect */
 };
 
@@ -135,6 +145,7 @@ static inline uint64_t us(uint64_t n)
 
 /* tcp.c */
 void tcp_set_timer(struct egress *e, uint32_t i);
+void tcp_rtt_sample(struct rn_flow *f, uint64_t ns);
 uint64_t tcp_rto_after(struct egress *e, uint32_t i);
 void tcp_gone(struct egress *e, uint32_t i);
 void tcp_abort_host(struct egress *e, uint32_t i);
@@ -145,6 +156,9 @@ void tcp_maybe_closed(struct egress *e, uint32_t i);
 void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8_t guest[16], uint16_t gport,
 	      const uint8_t peer[16], uint16_t pport);
 void tcp_connect_done(struct egress *e, uint32_t i, int err);
+void tcp_parse_options(struct seg *sg, const uint8_t *th, uint32_t hlen);
+uint32_t tcp_isn(struct egress *e, const struct rn_flow *f);
+uint16_t tcp_clamp_mss(const struct egress *e, uint16_t mss); /* what we send at most; 0: the option was absent */
 
 /* tcp_up.c */
 int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, const uint8_t *data, uint32_t len);
@@ -160,6 +174,7 @@ int tcp_retransmit(struct egress *e, uint32_t i);
 /* tcp_sack.c */
 uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt);
 uint32_t tcp_sack_input(struct egress *e, uint32_t i, const uint8_t *th, uint32_t hlen);
+void tcp_sack_round(struct egress *e, uint32_t i);
 uint32_t tcp_sack_hole(struct egress *e, uint32_t i, uint32_t seq, uint32_t *end, int below);
 
 /* tcp_out.c */
@@ -170,5 +185,12 @@ void tcp_reply_rst(struct egress *e, const struct eg_frame *fr, const struct seg
 int tcp_send_ack(struct egress *e, uint32_t i, uint32_t seq);
 int tcp_send_synack(struct egress *e, uint32_t i);
 int tcp_send_failure(struct egress *e, uint32_t i);
+
+/* tcp_in.c */
+int tcp_send_syn(struct egress *e, uint32_t i);
+void tcp_in_settled(struct egress *e, uint32_t i);
+void tcp_in_event(struct egress *e, uint32_t i, uint32_t events);
+void tcp_in_timer(struct egress *e, uint32_t i);
+void tcp_in_segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct seg *sg);
 
 #endif

@@ -1,5 +1,6 @@
 /* tcp_open.c - a SYN of the guest: options, ISN, host connect; what happens when the connect ended. */
 #include "tcp_internal.h"
+#include "proxy.h"
 #include "rn_view.h"
 
 #include <errno.h>
@@ -9,7 +10,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-static void parse_options(struct seg *sg, const uint8_t *th, uint32_t hlen)
+void tcp_parse_options(struct seg *sg, const uint8_t *th, uint32_t hlen)
 {
 	struct rn_view v = { .data = th, .len = hlen };
 	uint32_t at = RN_TCP_HLEN;
@@ -45,7 +46,7 @@ static void parse_options(struct seg *sg, const uint8_t *th, uint32_t hlen)
 }
 
 /* ISN = M + F(tuple, secret) (RFC 6528 3); M ticks each 4 us. */
-static uint32_t new_isn(struct egress *e, const struct rn_flow *f)
+uint32_t tcp_isn(struct egress *e, const struct rn_flow *f)
 {
 	uint8_t k[36];
 
@@ -56,11 +57,23 @@ static uint32_t new_isn(struct egress *e, const struct rn_flow *f)
 	return (uint32_t)eg_siphash(e, k, sizeof(k)) + (uint32_t)(e->s->now / 4000u);
 }
 
+uint16_t tcp_clamp_mss(const struct egress *e, uint16_t mss)
+{
+	uint32_t own = e->cfg.mtu - RN_IP4_HLEN - RN_TCP_HLEN;
+
+	/* RFC 9293 3.7.1: 536 if the option is absent. A smaller one is honoured down to 64: below, headers are all. */
+	if (!mss)
+		mss = 536;
+	if (mss < 64)
+		mss = 64;
+	return mss > own ? (uint16_t)own : mss;
+}
+
 static int start_connect(struct egress *e, uint32_t i, const uint8_t dst[4], uint16_t port)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
-	int one = 1, zero = 0, fd, r;
+	int one = 1, via = 0, fd, r;
 	uint8_t host[4];
 
 	if (port == RN_PORT_DNS && e->cfg.dns_path[0] && !memcmp(dst, e->cfg.gateway4, 4)) {
@@ -79,11 +92,17 @@ static int start_connect(struct egress *e, uint32_t i, const uint8_t dst[4], uin
 			errno = ECONNREFUSED; /* backlog full; unlike TCP there is no waiting in line */
 	} else {
 		struct sockaddr_in sin = { .sin_family = AF_INET, .sin_port = htons(port) };
+		struct sockaddr_storage to;
+		socklen_t len = sizeof(sin);
 
 		if (eg_host_addr(e, dst, host))
 			return ECONNREFUSED; /* loopback not offered: nobody listens there */
 		memcpy(&sin.sin_addr, host, 4);
-		fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+		memcpy(&to, &sin, sizeof(sin));
+		via = proxy_tcp_route(e, i, &to, &len);
+		if (via < 0)
+			return -via;
+		fd = socket(to.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 		if (fd < 0)
 			return errno;
 		p->is_unix = 0;
@@ -91,18 +110,19 @@ static int start_connect(struct egress *e, uint32_t i, const uint8_t dst[4], uin
 		(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 		(void)setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &one, sizeof(one));
 		(void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
-		r = connect(fd, (struct sockaddr *)&sin, sizeof(sin));
+		r = connect(fd, (struct sockaddr *)&to, len);
 	}
 	if (r < 0 && errno != EINPROGRESS) {
 		int err = errno;
 
 		close(fd);
-		return err;
+		return via ? -proxy_tcp_step(e, i, err) : err;
 	}
-	if (e->tcp->peek_off && setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero)) == 0)
-		p->flags |= F_PEEK_OFF;
-	p->fd = fd;
 	p->peeked = 0;
+	if (via) {
+		p->life_at = e->s->now + PROXY_DEADLINE_NS;
+		tcp_set_timer(e, i);
+	}
 	e->pending++;
 	set_state(f, RN_FL_CONNECTING);
 	int w = eg_watch(e, i, fd, TCP_EVENTS);
@@ -110,11 +130,23 @@ static int start_connect(struct egress *e, uint32_t i, const uint8_t dst[4], uin
 	if (w) {
 		e->pending--;
 		set_state(f, RN_FL_SYN_RCVD);
+		close(fd);
 		return -w;
 	}
-	if (r == 0)
+	if (r == 0 && !via)
 		tcp_connect_done(e, i, 0);
 	return 0;
+}
+
+/* The host side said no: the guest is told when there is room. */
+static void refuse(struct egress *e, uint32_t i, int err)
+{
+	const struct rn_flow *f = eg_flow(e, i);
+
+	e->tcp->flow[i].error = err;
+	eg_close_fd(e, i);
+	eg_work(e, i, W_FAIL);
+	eg_refused(e, RN_IPPROTO_TCP, f->guest_addr, f->guest_port, f->peer_addr, f->peer_port, err);
 }
 
 /* A SYN of a new connection. */
@@ -123,15 +155,16 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 {
 	struct rn_flow *f;
 	struct flow_priv *p;
-	uint32_t i = EG_NONE, own = e->cfg.mtu - RN_IP4_HLEN - RN_TCP_HLEN;
+	uint32_t i = EG_NONE;
 	int err;
 
-	parse_options(sg, fr->l4, fr->l4_hlen);
+	tcp_parse_options(sg, fr->l4, fr->l4_hlen);
 	e->s->c[RN_C_tcp_syn]++;
-	if (e->pending < e->cfg.pending_max && e->nfds < e->cfg.nfile)
+	if (e->pending < e->cfg.pending_max && eg_fd_room(e))
 		i = eg_new(e, RN_IPPROTO_TCP, guest, gport, peer, pport, fr->eth + 6);
 	if (i == EG_NONE) {
 		e->s->c[RN_C_tcp_over_limit]++;
+		eg_refused(e, RN_IPPROTO_TCP, guest, gport, peer, pport, EMFILE);
 		tcp_reply_rst(e, fr, sg);
 		return;
 	}
@@ -151,18 +184,13 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 	f->up.fin = f->down.fin = 0;
 	f->up.parked = 0;
 	f->up.bytes = f->up.packets = f->down.bytes = f->down.packets = 0;
-	f->down.iss = new_isn(e, f);
+	f->down.iss = tcp_isn(e, f);
 	f->down.snd_una = f->down.iss;
 	f->down.snd_nxt = f->down.snd_max = f->down.iss + 1;
 	f->down.snd_wnd = sg->wnd;
 	f->down.snd_wl1 = sg->seq;
 	f->down.snd_wl2 = f->down.iss;
-	/* RFC 9293 3.7.1: 536 if the option is absent. A smaller one is honoured down to 64: below, headers are all. */
-	f->down.mss = (uint16_t)(sg->mss ? sg->mss : 536u);
-	if (f->down.mss < 64)
-		f->down.mss = 64;
-	if (f->down.mss > own)
-		f->down.mss = (uint16_t)own;
+	f->down.mss = tcp_clamp_mss(e, sg->mss);
 	f->down.wscale = 0;
 	if (sg->wscale >= 0) {
 		p->flags |= F_GUEST_WS;
@@ -176,25 +204,26 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 	f->down.retransmits = 0;
 	set_state(f, RN_FL_SYN_RCVD);
 	err = start_connect(e, i, peer + 12, pport);
-	if (err) {
-		e->tcp->flow[i].error = err;
-		eg_close_fd(e, i);
-		eg_work(e, i, W_FAIL);
-	}
+	if (err)
+		refuse(e, i, err);
 }
 
 void tcp_connect_done(struct egress *e, uint32_t i, int err)
 {
+	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
+	int zero = 0;
 
 	e->pending--;
+	p->life_at = UINT64_MAX;
 	set_state(f, RN_FL_SYN_RCVD); /* out of the pending count whichever way it goes */
 	if (err) {
-		e->tcp->flow[i].error = err;
-		eg_close_fd(e, i);
-		eg_work(e, i, W_FAIL);
+		refuse(e, i, err);
 		return;
 	}
+	/* Not before: a proxy's answer is peeked at from the front. */
+	if (e->tcp->peek_off && setsockopt(p->fd, SOL_SOCKET, SO_PEEK_OFF, &zero, sizeof(zero)) == 0)
+		p->flags |= F_PEEK_OFF;
 	tcp_update_window(e, i);
 	if (rcv_wnd(f) > 65535)
 		f->up.rcv_adv = f->up.rcv_nxt + 65535; /* what the SYN-ACK can say */

@@ -4,10 +4,15 @@
  * the bound of parked bytes refuses segments before they are told).
  *
  * As sender we keep the ranges the guest holds, sorted and apart, and resend the holes below the highest, each once (a
- * simple form of RFC 6675's NextSeg(); there is no pipe to fill: the guest's window is the only limit). A timeout forgets the ranges (RFC 2018 8), later ACKs tell them again.
+ * simple form of RFC 6675's NextSeg(); there is no pipe to fill: the guest's window is the only limit). That is a
+ * round. If the guest then holds something sent after the round began, and the first hole is still open, what was resent
+ * is lost too: a new round (the order of sending tells, as in RFC 8985). If nothing comes at all, two round-trip times
+ * begin one, TCP_ROUNDS times at most. A timeout forgets the ranges (RFC 2018 8), later ACKs tell them again.
  */
 #include "rn_view.h"
 #include "tcp_internal.h"
+
+#include <stdlib.h>
 
 /**
  * tcp_sack_option() - Blocks for an ACK
@@ -60,6 +65,11 @@ static void add_range(struct tcp_flow *x, struct tcp_range b)
 	uint32_t n = 0;
 	int put = 0;
 
+	if (!x->sacked && !(x->sacked = malloc(TCP_SACK_RANGES * sizeof(*x->sacked))))
+		return; /* without them recovery is as without SACK */
+	if (!x->nsacked || SEQ_GT(b.hi, x->sack_high))
+		x->sack_high = b.hi;
+
 	for (uint32_t k = 0; k < x->nsacked; k++) {
 		struct tcp_range a = x->sacked[k];
 
@@ -79,7 +89,7 @@ static void add_range(struct tcp_flow *x, struct tcp_range b)
 	}
 	if (!put)
 		out[n++] = b;
-	x->nsacked = (uint8_t)(n > TCP_SACK_RANGES ? TCP_SACK_RANGES : n);
+	x->nsacked = (uint8_t)(n > TCP_SACK_RANGES ? TCP_SACK_RANGES : n); /* 64 fit */
 	memcpy(x->sacked, out, x->nsacked * sizeof(out[0]));
 }
 
@@ -132,6 +142,17 @@ uint32_t tcp_sack_input(struct egress *e, uint32_t i, const uint8_t *th, uint32_
 	for (k = 0; k < x->nsacked; k++)
 		sum += x->sacked[k].hi - x->sacked[k].lo;
 	return sum;
+}
+
+/* Begin a round: every hole may be sent again. */
+void tcp_sack_round(struct egress *e, uint32_t i)
+{
+	struct rn_flow *f = eg_flow(e, i);
+	struct tcp_flow *x = &e->tcp->flow[i];
+
+	x->rxt_nxt = f->down.snd_una;
+	x->round_end = f->down.snd_max;
+	eg_work(e, i, W_REXMIT);
 }
 
 /**

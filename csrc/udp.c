@@ -17,8 +17,10 @@
  * A mapping ends 30 s after the last datagram of the guest as long as nobody answered, then after 180 s of
  * silence both ways; earlier, least recently used first, when cfg.udp_max, the flow table or the descriptors run out.
  */
-#include "egress.h"
+#include "inbound.h"
+#include "proxy.h"
 #include "rn_csum.h"
+#include "udp_internal.h"
 
 #include <errno.h>
 #include <time.h> /* before errqueue.h, which uses struct timespec */
@@ -30,11 +32,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define UDP_BURST 16u
-#define UDP_HEADERS (RN_ETH_HLEN + RN_IP4_HLEN + RN_UDP_HLEN)
-#define UDP_PAYLOAD_MAX (65535u - RN_IP4_HLEN - RN_UDP_HLEN)
-#define UDP_SMALL_MAX (RN_SMALL_FRAME_MAX - UDP_HEADERS) /* payload a small buffer takes */
-#define UDP_SOCKBUF (4 << 20)
 #define UDP_UNANSWERED_NS (30ull * 1000000000ull) /* shorter than RFC 4787 4.3 asks: DNS, scans */
 #define UDP_ANSWERED_NS (180ull * 1000000000ull)  /* RFC 4787 4.3: at least 2 minutes */
 #define UDP_TTL_PLAIN 64u /* from here on the guest's TTL is not passed on: a common default, no traceroute */
@@ -42,15 +39,6 @@
 
 #define UDP_W_READ 1u
 #define UDP_W_ERROR 2u
-
-struct udp_state {
-	struct mmsghdr msg[UDP_BURST];
-	struct iovec iov[UDP_BURST][2];
-	struct sockaddr_in from[UDP_BURST];
-	struct rn_buf *buf[UDP_BURST];
-	uint8_t *spill; /* UDP_BURST times UDP_SPILL: the part that a small buffer does not take */
-};
-#define UDP_SPILL (RN_UDP_HLEN + UDP_PAYLOAD_MAX + 1u)
 
 int udp_init(struct egress *e)
 {
@@ -113,18 +101,23 @@ static int open_socket(struct egress *e)
 	return fd;
 }
 
+void udp_make_room(struct egress *e, uint32_t fds)
+{
+	while (e->udp_lru.n >= e->cfg.udp_max)
+		evict(e);
+	while (e->nfds + fds - 1 + EG_FD_RESERVE >= e->cfg.nfile && evict(e))
+		;
+	if (e->free_head == EG_NONE)
+		evict(e);
+}
+
 static uint32_t new_mapping(struct egress *e, const uint8_t guest[16], uint16_t gport, const uint8_t mac[6])
 {
 	static const uint8_t no_peer[16];
 	uint32_t i;
 	int fd;
 
-	while (e->udp_lru.n >= e->cfg.udp_max)
-		evict(e);
-	if (!eg_fd_room(e))
-		evict(e);
-	if (e->free_head == EG_NONE)
-		evict(e);
+	udp_make_room(e, 1);
 	fd = open_socket(e);
 	if (fd < 0)
 		return EG_NONE;
@@ -143,12 +136,12 @@ static uint32_t new_mapping(struct egress *e, const uint8_t guest[16], uint16_t 
 	return i;
 }
 
-static void refresh(struct egress *e, uint32_t i, int from_guest)
+void udp_refresh(struct egress *e, uint32_t i, int answer)
 {
 	struct flow_priv *p = &e->priv[i];
 
 	eg_flow(e, i)->last_ns = e->s->now;
-	if (!from_guest)
+	if (answer)
 		p->replied = 1;
 	eg_lru_touch(e, i);
 	eg_timer(e, i, e->s->now + (p->replied ? UDP_ANSWERED_NS : UDP_UNANSWERED_NS));
@@ -295,12 +288,25 @@ void udp_input(struct egress *e, struct eg_frame *f)
 			      RN_ICMP_TIMEXCEED, 0, 0);
 		return;
 	}
+	rn_addr_from4(guest, f->ip + RN_IP4_SRC);
+	if (e->in->lru.n) { /* to a peer of a forward? */
+		uint8_t peer[16];
+
+		rn_addr_from4(peer, gdst);
+		i = eg_find(e, RN_IPPROTO_UDP, guest, gport, peer, rn_get16(f->l4 + RN_UDP_DPORT));
+		if (i != EG_NONE) {
+			udp_in_reply(e, i, f);
+			return;
+		}
+	}
 	err = -eg_host_addr(e, gdst, host);
 	if (err) {
 		e->s->c[RN_C_drop_udp_send]++;
 		tell_unsent(e, f, err);
 		return;
 	}
+	if (proxy_udp_input(e, f))
+		return;
 	memcpy(&dst.sin_addr, host, 4);
 	memcpy(&dst.sin_port, f->l4 + RN_UDP_DPORT, 2);
 	if (!to_gateway && f->ttl < UDP_TTL_PLAIN) {
@@ -316,7 +322,6 @@ void udp_input(struct egress *e, struct eg_frame *f)
 		memcpy(CMSG_DATA(c), &ttl, sizeof(ttl));
 	}
 
-	rn_addr_from4(guest, f->ip + RN_IP4_SRC);
 	i = eg_find(e, RN_IPPROTO_UDP, guest, gport, no_peer, 0);
 	if (i == EG_NONE)
 		i = new_mapping(e, guest, gport, f->eth + 6);
@@ -326,7 +331,7 @@ void udp_input(struct egress *e, struct eg_frame *f)
 	}
 	fl = eg_flow(e, i);
 	memcpy(fl->guest_mac, f->eth + 6, 6);
-	refresh(e, i, 1);
+	udp_refresh(e, i, 0);
 
 	r = sendmsg(e->priv[i].fd, &m, MSG_DONTWAIT);
 	if (r < 0 && errno != EAGAIN && errno != ENOBUFS) {
@@ -352,19 +357,23 @@ void udp_event(struct egress *e, uint32_t i, uint32_t events)
 {
 	uint32_t bits = UDP_W_READ; /* after an error too: a pending one may have cut a burst short */
 
+	if (proxy_udp_is(e, i)) {
+		proxy_udp_event(e, i);
+		return;
+	}
 	if (events & (EPOLLERR | EPOLLHUP))
 		bits |= UDP_W_ERROR;
 	eg_work(e, i, bits);
 }
 
 /* Fill the UDP header in front of @len bytes of payload. */
-static void put_udp(const struct egress *e, uint32_t i, uint8_t *udp, const struct sockaddr_in *from,
-		    const uint8_t src[4], uint32_t len)
+static void put_udp(const struct egress *e, uint32_t i, uint8_t *udp, uint16_t sport, const uint8_t src[4],
+		    uint32_t len)
 {
 	const struct rn_flow *fl = eg_flow((struct egress *)e, i);
 	uint16_t sum;
 
-	memcpy(udp + RN_UDP_SPORT, &from->sin_port, 2);
+	rn_put16(udp + RN_UDP_SPORT, sport);
 	rn_put16(udp + RN_UDP_DPORT, fl->guest_port);
 	rn_put16(udp + RN_UDP_LEN, (uint16_t)(RN_UDP_HLEN + len));
 	memset(udp + RN_UDP_SUM, 0, 2);
@@ -376,8 +385,7 @@ static void put_udp(const struct egress *e, uint32_t i, uint8_t *udp, const stru
 	memcpy(udp + RN_UDP_SUM, &sum, 2);
 }
 
-/* Datagram @k of the burst, @len bytes, to the guest. Its buffer is emitted or freed. */
-static void deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len)
+void udp_deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len, const uint8_t src[4], uint16_t sport)
 {
 	struct udp_state *u = e->udp;
 	struct rn_flow *fl = eg_flow(e, i);
@@ -385,10 +393,6 @@ static void deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len)
 	struct rn_buf *b = u->buf[k];
 	uint8_t *eth = eg_eth(b), *udp = eth + RN_ETH_HLEN + RN_IP4_HLEN;
 	uint32_t first = (uint32_t)u->iov[k][0].iov_len;
-	uint8_t host[4], src[4];
-
-	memcpy(host, &u->from[k].sin_addr, 4);
-	eg_guest_addr(e, host, src);
 
 	if (len <= first && RN_IP4_HLEN + RN_UDP_HLEN + len <= e->cfg.mtu && !eg_backlog(e) &&
 	    rn_stage_room(e->s, RN_ROLE_GUEST, 1)) {
@@ -403,7 +407,7 @@ static void deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len)
 				udp = eth + RN_ETH_HLEN + RN_IP4_HLEN;
 			}
 		}
-		put_udp(e, i, udp, &u->from[k], src, len);
+		put_udp(e, i, udp, sport, src, len);
 		eg_ip4_header(e, eth, fl->guest_mac, src, gaddr, RN_IPPROTO_UDP, RN_UDP_HLEN + len, 0);
 		eg_emit(e, b, eth, UDP_HEADERS + len, NULL);
 	} else {
@@ -413,7 +417,7 @@ static void deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len)
 			udp = u->spill + (size_t)k * UDP_SPILL;
 			memcpy(udp + RN_UDP_HLEN, eth + UDP_HEADERS, first);
 		}
-		put_udp(e, i, udp, &u->from[k], src, len);
+		put_udp(e, i, udp, sport, src, len);
 		r = eg_send_datagram(e, fl->guest_mac, src, gaddr, RN_IPPROTO_UDP, udp, RN_UDP_HLEN + len, 64);
 		rn_buf_free(&e->s->pool, b);
 		if (r) {
@@ -426,11 +430,9 @@ static void deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len)
 	e->s->c[RN_C_udp_down]++;
 }
 
-/* Buffers for a burst of at most @max datagrams; returns how many there are. */
-static uint32_t prepare(struct egress *e, uint32_t i, uint32_t max)
+uint32_t udp_prepare(struct egress *e, int big, uint32_t max)
 {
 	struct udp_state *u = e->udp;
-	int big = e->priv[i].big;
 	uint32_t n;
 
 	for (n = 0; n < max; n++) {
@@ -468,6 +470,8 @@ int udp_work(struct egress *e, uint32_t i)
 	uint32_t n, room, seen_big = 0;
 	int got, err;
 
+	if (proxy_udp_is(e, i))
+		return proxy_udp_work(e, i);
 	if (p->work & UDP_W_ERROR) {
 		if (read_errors(e, i, UDP_BURST) == UDP_BURST)
 			return 1;
@@ -479,7 +483,7 @@ int udp_work(struct egress *e, uint32_t i)
 	room = (uint32_t)rn_stage_room(e->s, RN_ROLE_GUEST, UDP_BURST);
 	if (!room || eg_backlog(e))
 		return -1;
-	n = prepare(e, i, room < UDP_BURST ? room : UDP_BURST);
+	n = udp_prepare(e, p->big, room < UDP_BURST ? room : UDP_BURST);
 	if (!n) {
 		e->s->want_buf = 1;
 		return -1;
@@ -492,14 +496,17 @@ int udp_work(struct egress *e, uint32_t i)
 		rn_buf_free(&e->s->pool, u->buf[k]);
 	for (uint32_t k = 0; k < (uint32_t)got; k++) {
 		uint32_t len = u->msg[k].msg_len;
+		uint8_t host[4], src[4];
 
 		if (len > UDP_SMALL_MAX && RN_IP4_HLEN + RN_UDP_HLEN + len <= e->cfg.mtu)
 			seen_big = 1;
-		deliver(e, i, k, len);
+		memcpy(host, &u->from[k].sin_addr, 4);
+		eg_guest_addr(e, host, src);
+		udp_deliver(e, i, k, len, src, ntohs(u->from[k].sin_port));
 	}
 	if (got) {
 		p->big = (uint8_t)seen_big;
-		refresh(e, i, 0);
+		udp_refresh(e, i, 1);
 	}
 	if (err == EAGAIN || (got && (uint32_t)got < n)) {
 		p->work &= ~UDP_W_READ; /* empty; the next datagram is a new edge */

@@ -1,4 +1,5 @@
-"""The command line: `ringnet run | attach | demo | stage`. Parses, checks, calls; options come from pipeline.config.
+"""The command line: `ringnet run | attach | ctl | demo | completion | stage`. Parses, checks, calls;
+options come from pipeline.config.
 
 Wrong usage is one line and exit 2; what only running shows is one line and exit 1 (pipeline.messages.Exit).
 """
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 from pipeline.config import ConfigError, Settings, load_toml, make, options
 from pipeline.messages import Exit
+from pipeline.proxies import has_password
 
 EPILOG = """exit status: 0 fine; 1 it could not be set up; 2 usage; 70 a stage died, 71 a stage failed, 72 a stage did
 not start. `ringnet run` otherwise ends with the command's own status (128 + n if signal n ended it)."""
@@ -60,6 +62,9 @@ def add_settings(parser: argparse.ArgumentParser, *, tap: bool = False) -> None:
 def settings_from(args: argparse.Namespace) -> Settings:
     """Settings from a parsed command line and its --config file. Raises ConfigError."""
     given = {o.key: getattr(args, o.key) for o in options() if hasattr(args, o.key)}
+    if has_password(given.get("proxy", "")):
+        print("ringnet: --proxy: every user of this machine can read a password on the command line; put the URL into"
+              " --config FILE.toml, or into ALL_PROXY with --proxy auto", file=sys.stderr)
     if "hosts" in given:
         given["hosts"] = hosts_table(given["hosts"])
     from_file = load_toml(args.config) if args.config else {}
@@ -117,6 +122,12 @@ def parser() -> Parser:
     add_settings(attach, tap=True)
     demo = commands.add_parser("demo", add_help=False, help="show the main job with nothing but this machine")
     demo.add_argument("rest", nargs=argparse.REMAINDER)
+    ctl = commands.add_parser("ctl", add_help=False, help="look at a running session, and change it")
+    ctl.add_argument("rest", nargs=argparse.REMAINDER)
+    completion = commands.add_parser("completion", help="print the completion script of a shell",
+                                     description="Print a script that completes ringnet's commands and options:"
+                                                 " source <(ringnet completion bash)")
+    completion.add_argument("shell", choices=["bash", "zsh"])
     commands.add_parser("stage", help="one stage alone, as the supervisor starts it: stage NAME --control-fd N")
     return top
 
@@ -128,6 +139,10 @@ def main(argv: list[str]) -> int:
             from pipeline.demo import main as demo
 
             return int(demo(argv[1:]))
+        if argv[:1] == ["ctl"]:
+            from pipeline.ctl import main as ctl
+
+            return ctl(argv[1:])
         ours, command = argv, []
         if "--" in argv:
             cut = argv.index("--")
@@ -135,8 +150,13 @@ def main(argv: list[str]) -> int:
             if ours[:1] != ["run"]:
                 raise UsageError("ringnet: only run takes a command after -- (see ringnet run --help)")
         if not argv:
-            raise UsageError("ringnet: say what to do: run, attach or demo (see ringnet --help)")
+            raise UsageError("ringnet: say what to do: run, attach, ctl or demo (see ringnet --help)")
         args = parser().parse_args(ours)
+        if args.command == "completion":
+            from pipeline.completion import script
+
+            print(script(args.shell), end="")
+            return int(Exit.OK)
         settings = settings_from(args)
         if args.command == "run":
             if args.cmd and command:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from pipeline.forwards import Forward, ForwardSyntaxError, Proto, parse_all
+from pipeline.proxies import Plan, ProxyError, chosen, plan
 from pipeline.topology import TOPOLOGY, Feature, Role
 
 MTU_MIN, MTU_MAX = 576, 65520  # RFC 791 3.2: every host takes 576; 65520: largest the peers of a tap use
@@ -22,6 +24,8 @@ ETH_HLEN, VLAN_HLEN = 14, 4  # bytes
 FRAME_MAX = 65535 + ETH_HLEN  # super-frame: IPv4 total length limit (RFC 791 3.1)
 IFNAME_MAX = 15  # bytes (IFNAMSIZ - 1)
 DOMAIN = "ringnet.internal"
+SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}\Z"
+FORWARDS_OWNER = "options"  # of forwards by -t and -u
 POOL_MAX = 4096  # addresses leased at most, whatever the subnet's size
 
 Mtu = Annotated[int, Meta(ge=MTU_MIN, le=MTU_MAX)]  # bytes of L3
@@ -155,8 +159,8 @@ def parse_impair(text: str) -> Impair:
         except ValueError as e:
             raise ConfigError(f"--impair {text}: {key}={e}") from None
         except KeyError:
-            raise ConfigError(f"--impair {text}: {word or 'nothing'} is none of drop=, burst=, dup=, reorder=, corrupt=,"
-                              " truncate=, delay=, stall=, seed=, super") from None
+            raise ConfigError(f"--impair {text}: {word or 'nothing'} is none of drop=, burst=, dup=, reorder=,"
+                              " corrupt=, truncate=, delay=, stall=, seed=, super") from None
     if not said.keys() - {"seed", "super"}:
         raise ConfigError(f"--impair {text}: does nothing; expected like {place}:drop=1%,delay=5ms")
     return Impair(place=place, **where, **{k: v for fields in said.values() for k, v in fields.items()})
@@ -178,7 +182,23 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     hosts: Annotated[dict[str, str | tuple[str, ...]], _opt(
         "name answered locally; may be repeated (IP: v4 or v6; several with commas)", "", "NAME=IP")] = {}
     no_host_loopback: Annotated[bool, _opt("the gateway address does not reach the host's loopback")] = False
+    tcp_ports: Annotated[tuple[str, ...], _opt(
+        "forward TCP ports of the host to the guest, like 8080:80 (docs/forwards.md); may be repeated", "t", "SPEC")] = ()
+    udp_ports: Annotated[tuple[str, ...], _opt("the same for UDP", "u", "SPEC")] = ()
+    forward_as_gateway: Annotated[bool, _opt("the guest sees clients of forwards under the gateway's address")] = False
+    proxy: Annotated[str, _opt(
+        "send the guest's TCP through a proxy, and UDP if it speaks SOCKS5: http://[USER:PW@]HOST:PORT, socks5://...,"
+        " auto (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) or none (docs/proxy.md)", "", "URL")] = "none"
+    no_proxy: Annotated[tuple[str, ...], _opt(
+        "what goes past the proxy: names, .suffixes, addresses, networks, with commas; may be repeated", "", "LIST",
+        max_length=256)] = ()
+    udp_without_proxy: Annotated[str, _opt(
+        "UDP that the proxy cannot carry: direct, block, or auto: direct with --proxy auto, else block", "", "HOW",
+        pattern="^(auto|direct|block)$")] = "auto"
     pcap: Annotated[str, _opt("write the guest link's frames to this pcapng file", "p", "FILE")] = ""
+    session: Annotated[str, _opt("name of the session, for `ringnet ctl -s`; else its process id", "", "NAME")] = ""
+    api_socket: Annotated[str, _opt("control API's socket (docs/control-api.md), instead of one by the session's name;"
+                                    " none: no control API", "", "PATH")] = ""
     pid: Annotated[str, _opt("write the supervisor's process id to this file once it runs", "P", "FILE")] = ""
     ifname: Annotated[str, _opt("name of the guest's interface", "I", "NAME")] = "tap0"
     resolv_conf: Annotated[str, _opt("file the upstream DNS servers are read from", "", "FILE")] = "/etc/resolv.conf"
@@ -208,6 +228,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         """May frames be larger than the MTU, and checksums left to the link? Not on a bad wire, unless it says so: a
         drop would lose 64 KiB at once, and damage would be signed with a right checksum behind it."""
         return all(i.keep_offloads for i in self.impairments())
+
+    def forwards(self) -> list[Forward]:
+        """--tcp-ports and --udp-ports, parsed. Raises ForwardSyntaxError."""
+        return parse_all({"tcp": self.tcp_ports, "udp": self.udp_ports}, owner=FORWARDS_OWNER)
 
     def hosts_table(self) -> dict[str, list[str]]:
         return {n: v.split(",") if isinstance(v, str) else list(v) for n, v in self.hosts.items()}
@@ -373,6 +397,22 @@ def check(s: Settings) -> Settings:
         for a in addresses:
             _ip(f"hosts {name}={a}:", a)
     check_ifname("ifname", s.ifname)
+    if s.session and not re.match(SESSION_NAME, s.session):
+        raise ConfigError(f"--session {s.session}: not a name (letters, digits, '.', '_' and '-', at most 48)")
+    proto: Proto
+    for option, proto, specs in (("tcp-ports", "tcp", s.tcp_ports), ("udp-ports", "udp", s.udp_ports)):
+        try:
+            parse_all({proto: specs})
+        except ForwardSyntaxError as e:
+            raise ConfigError(f"--{option} {e}") from None
+    try:
+        chosen(s.proxy, (), os.environ)
+    except ProxyError as e:
+        raise ConfigError(f"--proxy {'auto: ' if s.proxy == 'auto' else ''}{e}") from None
+    try:
+        chosen("none", s.no_proxy, {})
+    except ProxyError as e:
+        raise ConfigError(f"--no-proxy {e}") from None
     places = [i.place for i in s.impairments()]
     for text, place in zip(s.impair, places, strict=True):
         if places.count(place) > 1:
@@ -406,9 +446,13 @@ def frame_max(mtu: int, *, vnet: bool) -> int:
 
 def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = "") -> dict[str, dict[str, Any]]:
     """The stages' configurations by stage name, ready to be encoded. dns_path: abstract Unix address (without the
-    leading NUL) of services' DNS over TCP."""
+    leading NUL) of services' DNS over TCP. Raises ConfigError if a proxy's name has no address."""
     net = s.network
     first, last = pool(s)
+    try:
+        through = plan(s.proxy, s.no_proxy, s.udp_without_proxy, os.environ)
+    except ProxyError as e:
+        raise ConfigError(f"--proxy {e}") from None
     link = {"link_kind": link_kind, "vnet": vnet, "mtu": s.mtu, "frame_max": frame_max(s.mtu, vnet=vnet and s.offloads),
             "pcap": bool(s.pcap)}
     seat = {"gateway4": s.gateway, "gateway_mac": s.mac, "mtu": s.mtu}
@@ -417,10 +461,13 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
         "guest_rx": link,
         "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
         "egress": {**seat, "offload": vnet and s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
-                   "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path, "seed": s.seed},
+                   "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
+                   "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path, "seed": s.seed,
+                   "proxy": through},
         "services": {**seat, "prefix": net.prefixlen, "guest4": s.address, "pool_start": first, "pool_end": last,
                      "dns": list(s.dns), "resolv_conf": s.resolv_conf, "search": list(s.search) or [DOMAIN],
                      "domain": DOMAIN, "hosts": s.hosts_table(),
-                     "lease_file": os.path.abspath(s.lease_file) if s.lease_file else "", "lease_s": 86400},
+                     "lease_file": os.path.abspath(s.lease_file) if s.lease_file else "", "lease_s": 86400,
+                     "learn_names": through is not None},
     }
     return {name: {"type": name, **c} for name, c in made.items()}

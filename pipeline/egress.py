@@ -7,14 +7,16 @@ Source:  TCP RFC 9293, UDP RFC 768 and RFC 4787 (NAT behaviour), ICMP RFC 792, R
 """
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import resource
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from pipeline.config import Ipv4, Mac, Mtu
+from pipeline.config import Ipv4, Mac, Mtu, Plan
+from pipeline.messages import CloseFlow, ForwardsChange, Notices, Refused, Rule
 from pipeline.stage import Ended, StageContext, StageError
 from shm._dataplane import ffi, lib
 
@@ -33,7 +35,11 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     udp_max: Annotated[int, Meta(ge=1, le=65536)]  # UDP mappings; then the least recently used goes
     pending_max: Annotated[int, Meta(ge=1, le=65536)]  # TCP connects under way; then RST
     dns_path: str = ""  # abstract Unix address of services' DNS over TCP, without the leading NUL; "": none
+    guest4: Ipv4  # the guest's address, for forwards that name none
+    prefix: Annotated[int, Meta(ge=1, le=30)]  # of the guest's subnet
+    forward_as_gateway: bool = False  # clients of forwards appear as the gateway
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0  # not 0: ISNs and ids are repeatable
+    proxy: Plan | None = None  # hosts are addresses
 
 
 def _c_config(cfg: Config, raw_icmp: int) -> object:
@@ -45,6 +51,9 @@ def _c_config(cfg: Config, raw_icmp: int) -> object:
     c = ffi.new("struct egress_config *")
     c.gateway4 = ipaddress.IPv4Address(cfg.gateway4).packed
     c.gateway_mac = bytes.fromhex(cfg.gateway_mac.replace(":", ""))
+    c.guest4 = ipaddress.IPv4Address(cfg.guest4).packed
+    c.prefix = cfg.prefix
+    c.as_gateway = cfg.forward_as_gateway
     c.mtu = cfg.mtu
     c.offload = cfg.offload
     c.host_loopback = cfg.host_loopback
@@ -58,6 +67,114 @@ def _c_config(cfg: Config, raw_icmp: int) -> object:
     return c
 
 
+def _mapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
+    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
+
+
+def set_proxy(stage: Any, plan: Plan, names: tuple[Any, int] | None) -> None:
+    """Tell the data plane of the proxies. Raises StageError."""
+    def must(rc: int) -> None:
+        if rc < 0:
+            raise StageError(f"proxy: {ffi.string(lib.rn_stage_error(stage)).decode() or os.strerror(-rc)}")
+
+    c = ffi.new("struct proxy_config *")
+    if not 0 < len(plan.servers) <= len(c.server):
+        raise StageError(f"proxy: {len(plan.servers)} servers, at most {len(c.server)}")
+    c.nservers, c.udp_block = len(plan.servers), plan.udp_block
+    for to, server in zip(c.server, plan.servers, strict=False):
+        to.kind = lib.PROXY_HTTP if server.kind == "http" else lib.PROXY_SOCKS5
+        to.addr = _mapped(ipaddress.ip_address(server.host))
+        to.port, to.only_port = server.port, server.only_port
+        user, password = server.user.encode(), server.password.encode()
+        if max(len(user), len(password)) > len(to.user):
+            raise StageError("proxy: user name or password too long")
+        to.user, to.user_len = user, len(user)
+        to.password, to.password_len = password, len(password)
+    must(lib.stage_egress_proxy(stage, c, *(names or (ffi.NULL, 0))))
+    ffi.buffer(c)[:] = bytes(ffi.sizeof(c[0]))  # the data plane has its copy
+    for text in plan.bypass.networks:
+        net = ipaddress.ip_network(text)
+        prefix = net.prefixlen + (96 if net.version == 4 else 0)
+        must(lib.stage_egress_bypass_net(stage, _mapped(net.network_address), prefix))
+    for name in plan.bypass.names:
+        must(lib.stage_egress_bypass_name(stage, name.encode()))
+
+
+PROTO = {6: "tcp", 17: "udp"}
+# What an errno of connect() means to the guest's user; others by strerror().
+REASONS = {errno.EMFILE: "too many flows, connects under way or descriptors"}
+
+
+def _address(raw: bytes) -> str:
+    address = ipaddress.IPv6Address(raw)
+    return str(address.ipv4_mapped or address)
+
+
+def refusals(stage: Any) -> list[Refused]:
+    """What the data plane kept of flows it did not make, oldest first."""
+    found = []
+    r = ffi.new("struct egress_refusal *")
+    while lib.stage_egress_refusal(stage, r):
+        found.append(Refused(
+            proto=PROTO.get(r.proto, str(r.proto)), guest=_address(bytes(r.guest)), guest_port=r.guest_port,
+            peer=_address(bytes(r.peer)), peer_port=r.peer_port,
+            reason=REASONS.get(r.error) or os.strerror(r.error), lost=r.lost))
+    return found
+
+
+class Forwards:
+    """What the supervisor has us listen on. Descriptors are the data plane's once it took them."""
+
+    def __init__(self, stage: Any) -> None:
+        self._stage = stage
+        self._slots: dict[int, int] = {}  # rule: the data plane's name for it
+        self._add: list[tuple[Rule, int]] = []  # of the parts so far
+        self._remove: list[int] = []
+
+    def change(self, ask: ForwardsChange, fds: list[int]) -> str:
+        """One part; all is done at the last one, or nothing, and why."""
+        self._add += zip(ask.add, fds, strict=True)
+        self._remove += ask.remove
+        if not ask.commit:
+            return ""
+        add, self._add, remove, self._remove = self._add, [], self._remove, []
+        made: dict[int, int] = {}
+        for n, (rule, fd) in enumerate(add):
+            slot = self._listen(rule, fd)
+            if slot < 0:
+                for done in made.values():
+                    lib.stage_egress_unlisten(self._stage, done, 0)
+                for _, left in add[n:]:
+                    os.close(left)
+                why = "too many descriptors in use" if slot == -errno.EMFILE else os.strerror(-slot)
+                return f"egress cannot serve forward {n + 1} of {len(add)}: {why}"
+            made[rule.rule] = slot
+        for rule_id in remove:
+            lib.stage_egress_unlisten(self._stage, self._slots.pop(rule_id), int(ask.close_flows))
+        self._slots |= made
+        return ""
+
+    def _listen(self, rule: Rule, fd: int) -> int:
+        guest = ipaddress.IPv4Address(rule.guest_addr or 0).packed
+        c = ffi.new("struct egress_listener *", {"fd": fd, "proto": 6 if rule.proto == "tcp" else 17, "guest4": guest,
+                                                 "guest_port": rule.guest_port})
+        return lib.stage_egress_listen(self._stage, c)
+
+
+def _handle(ctx: StageContext) -> None:
+    """What egress does when the supervisor asks."""
+
+    def close_flow(ask: CloseFlow, _fds: list[int]) -> str:
+        rc = lib.stage_egress_close_flow(ctx.stage, ask.index, ask.gen)
+        return "" if rc == 0 else "that flow is gone"
+
+    def notices(ask: Notices, _fds: list[int]) -> str:
+        lib.stage_egress_notices(ctx.stage, int(ask.on))
+        return ""
+
+    ctx.handlers |= {CloseFlow: close_flow, Notices: notices, ForwardsChange: Forwards(ctx.stage).change}
+
+
 def run(cfg: Config, ctx: StageContext) -> Ended:
     """Move frames until told to stop. Raises StageError with the data plane's text; never for a bad frame."""
     if ctx.flows is None:
@@ -65,4 +182,12 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
     rc = lib.stage_egress_init(ctx.stage, *ctx.flows, _c_config(cfg, ctx.fds.get("raw_icmp", -1)))
     if rc < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode() or os.strerror(-rc))
-    return ctx.run_loop()
+    if cfg.proxy is not None:
+        set_proxy(ctx.stage, cfg.proxy, ctx.names)
+    _handle(ctx)
+
+    def tell() -> None:
+        for refused in refusals(ctx.stage):
+            ctx.notice(refused)
+
+    return ctx.run_loop(tell)

@@ -78,6 +78,10 @@ class End(Struct, frozen=True, kw_only=True):
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=str.lower):
     """Base of the union."""
 
+    def carries(self) -> int:
+        """Descriptors that come with it."""
+        return 0
+
 
 class Hello(Message):
     version: int
@@ -85,8 +89,8 @@ class Hello(Message):
     pid: int
 
 
-class Configure(Message):
-    """What a stage is granted. Descriptors, in this order, are named by `fds`: session, arena, flows,
+class Configure(Message, kw_only=True):
+    """What a stage is granted. Descriptors, in this order, are named by `fds`: session, arena, flows, names,
     in:<ring>, out:<ring>, bell:<row>, then the extras topology allows (link, pcap, raw_icmp, dns_listen)."""
 
     version: int
@@ -102,6 +106,11 @@ class Configure(Message):
     fds: tuple[str, ...]
     config: msgspec.Raw  # the stage's own Config, decoded by the stage
     impair: tuple[Impair, ...] = ()  # --impair, as far as it is this stage's
+    names_size: int = 0  # 0: not granted
+    names_write: bool = False  # else its mapping is read-only
+
+    def carries(self) -> int:
+        return len(self.fds)
 
 
 class Ready(Message):
@@ -159,6 +168,28 @@ class CloseFlow(Ask, kw_only=True):
     gen: Annotated[int, Meta(ge=0, lt=1 << 32)]
 
 
+class Rule(Struct, frozen=True, kw_only=True):
+    """A forward as egress serves it (pipeline/forwards.py)."""
+
+    rule: Annotated[int, Meta(gt=0)]  # what it is called when it is removed
+    proto: Literal["tcp", "udp"]
+    guest_addr: str  # "": the guest's, whatever it is
+    guest_port: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class ForwardsChange(Ask, kw_only=True):
+    """A part of a change of the forwards; the whole of it happens, or nothing, at the part with `commit`. A descriptor for
+    each of `add`: the socket, bound and, if TCP, listening."""
+
+    add: tuple[Rule, ...] = ()
+    remove: tuple[int, ...] = ()
+    close_flows: bool = False  # connections of removed rules are reset
+    commit: bool = True
+
+    def carries(self) -> int:
+        return len(self.add)
+
+
 class LogLevel(Ask, kw_only=True):
     """How much the stage says on standard error: a level of logging."""
 
@@ -199,7 +230,7 @@ class Refused(Message):
 
 
 FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused
-ToStage = Configure | Start | Cancel | Ping | HostsChange | CloseFlow | LogLevel | Notices
+ToStage = Configure | Start | Cancel | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()
@@ -218,7 +249,7 @@ def decode(packet: bytes) -> Any:
     """Raises MessageError, with the path of the field that is wrong."""
     try:
         return _decoder.decode(packet)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:  # text that is no UTF-8; arrays in arrays
         raise MessageError(f"control message ({len(packet)} bytes): {e}") from e
 
 
@@ -260,9 +291,9 @@ class Channel:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise MessageError(f"control message cut: {len(data)} bytes, {len(fds)} descriptors kept")
             message = decode(data)
-            want = len(message.fds) if isinstance(message, Configure) else 0
-            if len(fds) != want:
-                raise MessageError(f"{type(message).__name__}: field fds names {want} descriptors, {len(fds)} came")
+            if len(fds) != message.carries():
+                raise MessageError(f"{type(message).__name__}: field fds names {message.carries()} descriptors,"
+                                   f" {len(fds)} came")
         except MessageError:
             for fd in fds:
                 os.close(fd)

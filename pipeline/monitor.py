@@ -10,6 +10,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from pipeline.supervisor import Session
+from pipeline.text import size, table
 
 
 class StageFacts(Struct, frozen=True, kw_only=True):
@@ -53,32 +54,11 @@ def stage_facts(session: Session) -> list[StageFacts]:
             frames_in=all_counters.get("frames_in", 0), bytes_in=all_counters.get("bytes_in", 0),
             frames_out=all_counters.get("frames_out", 0), bytes_out=all_counters.get("bytes_out", 0),
             cpu_s=cpu_seconds(child.pid) if child.alive else child.cpu_s,
-            drops={n.removeprefix("drop_"): v for n, v in counters.items() if n.startswith(("drop_", "impair_dropped"))},
+            drops={n.removeprefix("drop_"): v for n, v in counters.items()
+                   if n.startswith(("drop_", "impair_dropped"))},
             counters=counters,
         ))
     return found
-
-
-def size(n: int) -> str:
-    """1234567 -> 1.18 MiB."""
-    if n < 1024:
-        return f"{n} B"
-    value = float(n)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        value /= 1024
-        if value < 1024 or unit == "TiB":
-            break
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-
-
-def table(head: list[str], rows: list[list[str]], left: frozenset[int] = frozenset({0})) -> str:
-    """Columns lined up: those in `left` to the left, numbers to the right."""
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for row in [head, ["-" * w for w in widths], *rows]:
-        cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def stage_table(session: Session) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple, NoReturn
 
 from pipeline import monitor, netlink
 from pipeline.config import Settings
+from pipeline.control_api import ControlApi
 from pipeline.messages import Exit
 from pipeline.netns import (
     SIGNALS,
@@ -39,6 +40,7 @@ from pipeline.netns import (
     open_target,
 )
 from pipeline.netns import Stopped as CommandStopped
+from pipeline.session_dir import SessionDirError
 from pipeline.supervisor import Link, Result, Session, SessionError, Signals, describe_status
 
 TERM_GRACE = 5.0  # s the command has after a SIGTERM or SIGHUP was passed on to it
@@ -160,6 +162,27 @@ def _session(settings: Settings, tap: GuestLink, gone: Callable[[], None]) -> Se
     return session
 
 
+@contextlib.contextmanager
+def _control(settings: Settings, session: Session) -> Iterator[None]:
+    """The session's control API, for as long as we serve. Raises SessionError if it was asked for and cannot be."""
+    if settings.api_socket == "none":
+        yield
+        return
+    try:
+        api = ControlApi(session, name=settings.session or str(os.getpid()), path=settings.api_socket)
+    except SessionDirError as e:
+        if settings.session or settings.api_socket:
+            raise SessionError(Exit.RUNTIME, str(e)) from e
+        if not settings.quiet:
+            say(f"no control API: {e}")
+        yield
+        return
+    try:
+        yield
+    finally:
+        api.close()
+
+
 def _report(settings: Settings, session: Session) -> None:
     if settings.debug or settings.stats:
         print(monitor.stage_table(session), file=sys.stderr, flush=True)
@@ -253,6 +276,7 @@ class Run:
                     self.session.start()
                 stack.callback(self.session.close)
                 stack.callback(self.session.stop)
+                stack.enter_context(_control(s, self.session))
                 stack.enter_context(_pid_file(s.pid))
                 self.guest.line.send(Go())
                 result = self._serve()
@@ -266,7 +290,10 @@ class Run:
             _report(s, self.session)
             if _failed(result):
                 return int(result.code)
-            return self.status if self.status is not None else int(Exit.RUNTIME)
+            if self.status is None:  # somebody ended the session, and with it the command
+                say(result.reason)
+                return int(Exit.RUNTIME)
+            return self.status
 
     def _serve(self) -> Result:
         while True:
@@ -368,6 +395,7 @@ class Attach:
                     self.session.start()
                 stack.callback(self.session.close)
                 stack.callback(self.session.stop)
+                stack.enter_context(_control(s, self.session))
                 stack.enter_context(_pid_file(s.pid))
                 if self.config_net:
                     self.session.watch(self.guest.line.fileno(), self._heard)

@@ -86,7 +86,7 @@ class StageContext:
     """What one stage was granted, and its line to the supervisor.
 
     fds: extras by name (link, pcap, raw_icmp, dns_listen, ...): those topology allows and the session has.
-    session_mem, arena: (address, bytes); flows likewise or None. stage: struct rn_stage *, everything
+    session_mem, arena: (address, bytes); flows, names likewise or None. stage: struct rn_stage *, everything
     granted to it already. draining: a Cancel came; end when nothing is left to move.
     """
 
@@ -101,9 +101,9 @@ class StageContext:
         self._channel = channel
         self._running = False
 
-        def take(name: str, size: int) -> Memory:
+        def take(name: str, size: int, read_only: bool = False) -> Memory:
             fd = fds.pop(name)
-            mem = lib.rn_map(fd, size, 0)
+            mem = lib.rn_map(fd, size, int(read_only))
             if mem == ffi.NULL:
                 raise StageError(f"cannot map {name} ({size} bytes): {os.strerror(ffi.errno)}")
             os.close(fd)
@@ -112,6 +112,7 @@ class StageContext:
         self.session_mem = take("session", conf.session_size)
         self.arena = take("arena", conf.arena_size)
         self.flows = take("flows", conf.flows_size) if conf.flows_size else None
+        self.names = take("names", conf.names_size, not conf.names_write) if conf.names_size else None
         self.stage = lib.rn_stage_new(conf.row, conf.generation)
         if self.stage == ffi.NULL:
             raise StageError("out of memory")
@@ -204,8 +205,9 @@ class StageContext:
     def ended(self, reason: str) -> Ended:
         return Ended(reason=reason, counters=self.counters())
 
-    def run_loop(self) -> Ended:
-        """The loop of a C stage, after its stage_x_init(): C moves frames and returns only for a reason.
+    def run_loop(self, on_notice: Callable[[], None] = lambda: None) -> Ended:
+        """The loop of a C stage, after its stage_x_init(): C moves frames and returns only for a reason. on_notice:
+        called when the stage's C half has something to tell.
 
         Calls the kind's fini whatever happens. Raises StageError with the data plane's text.
         """
@@ -222,6 +224,8 @@ class StageContext:
                     case lib.RN_RUN_STOPPED:
                         reason = "stopped"
                         break
+                    case lib.RN_RUN_NOTICE:
+                        on_notice()
                     case lib.RN_RUN_SIGNAL:
                         pass  # Python runs its handlers between two bytecodes: about here
                     case _:

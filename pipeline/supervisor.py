@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,9 +33,14 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from pipeline.config import Settings, stage_configs
+from pipeline import api
+from pipeline.config import ConfigError, Settings, stage_configs
+from pipeline.forwards import Fault, Forward, ForwardError
+from pipeline.listeners import Change, Listeners
 from pipeline.messages import (
     VERSION,
+    Answer,
+    Ask,
     Cancel,
     Channel,
     Configure,
@@ -43,11 +49,15 @@ from pipeline.messages import (
     Exit,
     Failed,
     Hello,
+    Leased,
+    Level,
+    LogLevel,
     Message,
     MessageError,
     Ping,
     Pong,
     Ready,
+    Refused,
     Running,
     Start,
 )
@@ -58,6 +68,7 @@ from shm.cell import Session as CellTable
 from shm.cell import counters_of
 from shm.flows import Flows
 from shm.memory import SharedObject
+from shm.names import Names
 from shm.ring import Ring
 
 LINK_BUFFER = 8 << 20  # bytes each way on a datagram link: 93 frames queue at the default, 7282 at this
@@ -82,6 +93,7 @@ class Deadlines(Struct, frozen=True, kw_only=True):
     hello: float = 10.0  # starting an interpreter, on a busy machine
     ready: float = 5.0
     running: float = 5.0
+    answer: float = 5.0  # to something asked of a running stage
     drain: float = 1.0  # a stage, from Cancel to its end
     drain_failed: float = 0.3  # the same, when a stage is dead already
     term: float = 1.0  # from SIGTERM to SIGKILL
@@ -133,10 +145,12 @@ MOVES: dict[State, dict[type[Message], State]] = {
     State.CONFIGURED: {Ready: State.READY, Failed: State.ENDED, Ended: State.ENDED},
     State.READY: {Failed: State.ENDED, Ended: State.ENDED, Pong: State.READY},
     State.STARTING: {Running: State.RUNNING, Failed: State.ENDED, Ended: State.ENDED, Pong: State.STARTING},
-    State.RUNNING: {Failed: State.ENDED, Ended: State.ENDED, Pong: State.RUNNING},
+    State.RUNNING: {Failed: State.ENDED, Ended: State.ENDED, Pong: State.RUNNING, Answer: State.RUNNING,
+                    Leased: State.RUNNING, Refused: State.RUNNING},
     # a Cancel may cross what the stage said before it read it
     State.CANCELLED: {Hello: State.CANCELLED, Ready: State.CANCELLED, Running: State.CANCELLED,
-                      Failed: State.ENDED, Ended: State.ENDED, Pong: State.CANCELLED},
+                      Failed: State.ENDED, Ended: State.ENDED, Pong: State.CANCELLED, Answer: State.CANCELLED,
+                      Leased: State.CANCELLED, Refused: State.CANCELLED},
     State.ENDED: {},
     State.GONE: {},
 }
@@ -166,6 +180,7 @@ class Child:
         self.status: int | None = None
         self.cpu_s = 0.0
         self.pongs = 0
+        self.asks: deque[tuple[Ask, tuple[int, ...], Callable[[str], None]]] = deque()  # the first is under way
 
     @property
     def pid(self) -> int:
@@ -187,6 +202,7 @@ class Memory:
             self.arena = self._keep(Arena.create([(s.small, s.large) for s in topo.stages]))
             self.arena.detach()  # frames are none of the supervisor's business
             self.flows = self._keep(Flows.create(topo.flows, (secrets.randbits(64), secrets.randbits(64))))
+            self.names = self._keep(Names.create())
             for ring in topo.rings:
                 self.rings[ring.name] = self._keep(Ring.create(ring.slots, name=f"ring {ring.name}"))
         except OSError as e:
@@ -272,8 +288,11 @@ class Session:
         self._hurry = False
         self._bells: list[int] = []
         self._extras: dict[str, int] = {}
+        self._listeners = Listeners()
         self._dns: socket.socket | None = None
         self._link_end: select.epoll | None = None
+        self._asked = 0
+        self.listeners: list[Callable[[api.Event], None]] = []  # told what happens, by whoever makes it happen
 
     # -- as a context
 
@@ -309,9 +328,13 @@ class Session:
 
     # -- the loop
 
-    def watch(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call back when fd is readable (or closed by its peer), during poll(), start() and stop()."""
-        self._selector.register(fd, selectors.EVENT_READ, callback)
+    def watch(self, fd: int, callback: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
+        """Call back when fd is readable (or closed by its peer), during poll(), start() and stop(). events:
+        selectors.EVENT_*; watching again changes them."""
+        if fd in self._selector.get_map():
+            self._selector.modify(fd, events, callback)
+        else:
+            self._selector.register(fd, events, callback)
 
     def unwatch(self, fd: int) -> None:
         if fd in self._selector.get_map():
@@ -381,7 +404,18 @@ class Session:
             if isinstance(message, Hello) and message.version != VERSION:
                 self._fail(child, f"speaks control version {message.version}, not {VERSION}: mixed installation")
             was, child.state = child.state, after
-            if isinstance(message, (Ended, Failed)):
+            if after is not was:
+                self._changed(child)
+            if isinstance(message, Answer):
+                self._answered(child, message)
+            elif isinstance(message, Leased):
+                self.tell(api.LeaseGiven(address=message.address, mac=message.mac, hostname=message.hostname,
+                                         seconds=message.seconds), lost=message.lost)
+            elif isinstance(message, Refused):
+                self.tell(api.FlowRefused(proto=message.proto, guest=message.guest, guest_port=message.guest_port,
+                                          peer=message.peer, peer_port=message.peer_port, reason=message.reason),
+                          lost=message.lost)
+            elif isinstance(message, (Ended, Failed)):
                 child.said = message
                 if was is not State.CANCELLED:
                     self._ended_unasked(child, was, message)
@@ -418,6 +452,7 @@ class Session:
         if pid == 0:
             return
         was, child.state = child.state, State.GONE
+        self._changed(child)
         child.status = child.popen.returncode = os.waitstatus_to_exitcode(status)
         child.cpu_s = usage.ru_utime + usage.ru_stime
         self._selector.unregister(child.pidfd)
@@ -439,6 +474,97 @@ class Session:
             self._selector.unregister(child.channel.fileno())
             child.channel.close()
             child.channel = None
+        while child.asks:
+            child.asks.popleft()[2](f"stage {child.decl.name} is ending")
+
+    def _changed(self, child: Child) -> None:
+        self.tell(api.StageChanged(stage=child.decl.name, state=child.state.name.lower(), pid=child.pid))
+
+    def tell(self, event: api.Event, lost: int = 0) -> None:
+        """Give an event to all listeners. lost: so many before it are missing."""
+        for listener in self.listeners:
+            if lost:
+                listener(api.Lost(count=lost))
+            listener(event)
+
+    def ask(self, name: str, ask: Ask, then: Callable[[str], None], fds: Iterable[int] = ()) -> None:
+        """Ask a running stage for something; `then` gets "" when it is done, or why not. One is under way a stage, the
+        others wait here: a stage's socket never fills up. Descriptors must stay open until then."""
+        child = self.child(name)
+        if child.channel is None or child.state is not State.RUNNING:
+            then(f"stage {name} is {child.state.name.lower()}")
+            return
+        self._asked += 1
+        child.asks.append((msgspec.structs.replace(ask, seq=self._asked), tuple(fds), then))
+        if len(child.asks) == 1:
+            self._send(child, child.asks[0][0], child.asks[0][1])
+
+    def _answered(self, child: Child, answer: Answer) -> None:
+        if not child.asks or child.asks[0][0].seq != answer.seq:
+            self._fail(child, f"answered {answer.seq}, which it was not asked")
+            return
+        _, _, then = child.asks.popleft()
+        if child.asks:
+            self._send(child, child.asks[0][0], child.asks[0][1])
+        then(answer.error)
+
+    def forwards(self) -> list[Forward]:
+        """The forwards there are, by protocol and port."""
+        return self._listeners.forwards()
+
+    def change_forwards(self, add: Iterable[Forward] = (), remove: Iterable[Forward] = (),
+                        close_flows: bool = False) -> list[Forward]:
+        """Add and remove forwards, all or none, and return when it is so: what was added, as it is (with the port that
+        was free for port 0). A port in both lists passes over without a gap. close_flows: connections of removed forwards
+        are reset; otherwise they live on.
+
+        Waits for egress, which takes well under a millisecond a message of 60. Raises ForwardError with every reason.
+        """
+        change = self._listeners.prepare(add, remove)
+        self._apply(change, close_flows=close_flows)
+        return change.forwards
+
+    def _bind_forwards(self) -> Change:
+        """The sockets of -t and -u, early: who may not have them shall not have to wait. Raises SessionError."""
+        try:
+            change = self._listeners.prepare(self.settings.forwards(), ())
+        except ForwardError as e:
+            raise SessionError(Exit.RUNTIME, f"cannot forward {e}") from e
+        wanted = {f.proto for f in self.settings.forwards()}
+        if missing := wanted - {f.proto for f in change.forwards}:
+            raise SessionError(Exit.RUNTIME, f"cannot forward any {' or '.join(sorted(missing))} port: none is free")
+        return change
+
+    def _apply(self, change: Change, *, close_flows: bool) -> None:
+        """Tell egress. Raises ForwardError."""
+        try:
+            for ask, fds in change.messages(close_flows=close_flows):
+                if error := self._ask_and_wait("egress", ask, fds):
+                    raise ForwardError([Fault(forward=None, errno=0, text=error)])
+        except BaseException:
+            change.abort()
+            raise
+        change.commit()
+
+    def _ask_and_wait(self, name: str, ask: Ask, fds: Iterable[int] = ()) -> str:
+        """As ask(), but return the answer. Only this stage is listened to meanwhile: no callback of another's runs."""
+        answers: list[str] = []
+        self.ask(name, ask, answers.append, fds)
+        child, deadline = self.child(name), time.monotonic() + self.deadlines.answer
+        while not answers:
+            left = deadline - time.monotonic()
+            if child.channel is None or left <= 0 or not child.channel.wait(left):
+                self._fail(child, f"does not answer {type(ask).__name__}")
+                return f"stage {name} does not answer"
+            self._hear(child)
+        return answers[0]
+
+    def set_log_level(self, level: Level) -> None:
+        """What is said on standard error from now on: `info` and `debug` tell each step of the stages."""
+        self._log = self._warn if level in ("info", "debug") else lambda text: None
+        for child in self.children:
+            if child.state is State.RUNNING:
+                self.ask(child.decl.name, LogLevel(level=level), lambda error: None)
 
     def _send(self, child: Child, message: Message, fds: Iterable[int] = ()) -> None:
         if child.channel is None:
@@ -454,15 +580,21 @@ class Session:
 
     def start(self) -> None:
         """Make memory, start every stage, return when all are running. Raises SessionError; then nothing is left."""
+        forwards: Change | None = None
         try:
             self._prepare()
+            forwards = self._bind_forwards()
             sinks_first = self.children[::-1]
             for child in sinks_first:
                 self._spawn(child)
             d = self.deadlines
             self._until(State.GREETED, d.hello, "Hello")
             dns_path = self._dns.getsockname()[1:].decode() if self._dns else ""
-            configs = stage_configs(self.settings, link_kind=self.link.kind, vnet=self.link.vnet, dns_path=dns_path)
+            try:
+                configs = stage_configs(self.settings, link_kind=self.link.kind, vnet=self.link.vnet,
+                                        dns_path=dns_path)
+            except ConfigError as e:  # a proxy's name does not resolve
+                raise SessionError(Exit.RUNTIME, str(e)) from e
             for child in sinks_first:
                 self._configure(child, configs[child.decl.name])
             self._until(State.READY, d.ready, "Ready")
@@ -470,9 +602,15 @@ class Session:
                 child.state = State.STARTING
                 self._send(child, Start())
                 self._until(State.RUNNING, d.running, "Running", [child])
+            try:
+                self._apply(forwards, close_flows=False)
+            except ForwardError as e:
+                raise SessionError(*(self._failure or (Exit.RUNTIME, f"cannot forward: {e}"))) from e
             self._up = True
             self.started_at = time.monotonic()
         except BaseException:
+            if forwards is not None:
+                forwards.abort()
             self.stop()
             self.close()
             raise
@@ -599,6 +737,8 @@ class Session:
         grants: list[tuple[str, int]] = [("session", mem.session.fd), ("arena", mem.arena.fd)]
         if decl.flows:
             grants.append(("flows", mem.flows.fd))
+        if decl.names:
+            grants.append(("names", mem.names.fd))
         inputs, outputs = [], []
         for ring in topo.inputs(name):
             grants.append((f"in:{ring.name}", mem.rings[ring.name].fd))
@@ -614,7 +754,8 @@ class Session:
         self._send(child, Configure(
             version=VERSION, stage=name, row=child.row, generation=child.generation,
             session_size=mem.session.size, arena_size=mem.arena.size, has_part=bool(decl.small or decl.large),
-            flows_size=mem.flows.size if decl.flows else 0, inputs=tuple(inputs), outputs=tuple(outputs),
+            flows_size=mem.flows.size if decl.flows else 0, names_size=mem.names.size if decl.names else 0,
+            names_write=decl.names == "write", inputs=tuple(inputs), outputs=tuple(outputs),
             fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
             impair=tuple(i for i in self.settings.impairments() if i.stage == name),
         ), [fd for _, fd in grants])
@@ -714,4 +855,5 @@ class Session:
         for fd in self._extras.values():
             os.close(fd)
         self._extras = {}
+        self._listeners.close()
         self._selector.close()

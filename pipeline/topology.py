@@ -9,6 +9,7 @@ order: sources first. Start-up walks it backwards (sinks first), cancellation wa
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 from msgspec import Struct
 
@@ -40,6 +41,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     large: int = 0  # 68 KiB frame buffers of its own
     fds: tuple[str, ...] = ()  # what it may hold besides its rings, arena, session, doorbells, control
     flows: bool = False  # maps the flow table
+    names: Literal["", "read", "write"] = ""  # maps the table of names (csrc/rn_names.h); one stage writes
     source: bool = False  # takes in work from outside: stopped first on cancel
 
 
@@ -133,6 +135,8 @@ class Topology(Struct, frozen=True, kw_only=True):
         for s in self.stages:
             if not self.inputs(s.name) and not self.outputs(s.name):
                 raise TopologyError(f"stage {s.name} has no ring")
+        if len(writers := [s.name for s in self.stages if s.names == "write"]) > 1:
+            raise TopologyError(f"the table of names has two writers: {', '.join(writers)}")
         if self.flows < 1:
             raise TopologyError("the flow table has no entries")
         return self
@@ -144,9 +148,9 @@ TOPOLOGY = Topology(
               fds=("link", "pcap"), source=True),
         Stage(name="classify", does="checks, dispatches, answers ARP, reassembles fragments", small=256, large=32),
         Stage(name="egress", does="TCP bridge, UDP and ICMP proxies over host sockets", small=2048, large=128,
-              fds=("raw_icmp",), flows=True),
+              fds=("raw_icmp",), flows=True, names="read"),
         Stage(name="services", does="DHCP server, DNS forwarder, hosts table", small=128, large=16,
-              fds=("dns_listen",)),
+              fds=("dns_listen",), names="write"),
         Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "pcap")),
         Stage(name="vmnet", does="relays NIC2's frames to a host bridge", feature=Feature.NIC2, small=512, large=64,
               fds=("bridge",), source=True),

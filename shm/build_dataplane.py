@@ -174,7 +174,7 @@ def stub() -> str:
     """Text of shm/_dataplane.pyi, from the module as it is built."""
     from shm._dataplane import ffi, lib
 
-    names = {m[1]: [w.split()[-1].strip("*").split("[")[0] for w in m[2].split(",")]
+    names = {m[1]: [w.split("[")[0].split()[-1].strip("*") for w in m[2].split(",")]
              for m in re.finditer(r"\b(\w+)\(([^()]*)\);", declarations())}
 
     def word(ctype: Any) -> str:

@@ -22,6 +22,7 @@ class FlowState(enum.IntEnum):
     ESTABLISHED = lib.RN_FL_ESTABLISHED
     TIME_WAIT = lib.RN_FL_TIME_WAIT
     MAPPED = lib.RN_FL_MAPPED
+    SYN_SENT = lib.RN_FL_SYN_SENT
 
 
 class Flow(Struct, frozen=True, kw_only=True):
@@ -54,6 +55,7 @@ class Flow(Struct, frozen=True, kw_only=True):
     rto_us: int
     retransmits: int
     parked: int  # bytes of guest segments kept
+    gen: int  # counts uses of the entry: with index, names this flow and no later one
 
 
 def _address(raw: bytes) -> str:
@@ -95,11 +97,16 @@ class Flows(SharedObject):
             created_ns=v.created_ns, last_ns=v.last_ns,
             up_bytes=v.up_bytes, up_packets=v.up_packets, down_bytes=v.down_bytes, down_packets=v.down_packets,
             rcv_nxt=v.rcv_nxt, rcv_adv=v.rcv_adv, snd_una=v.snd_una, snd_nxt=v.snd_nxt, snd_wnd=v.snd_wnd,
-            mss=v.mss, srtt_us=v.srtt_us, rto_us=v.rto_us, retransmits=v.retransmits, parked=v.parked,
+            mss=v.mss, srtt_us=v.srtt_us, rto_us=v.rto_us, retransmits=v.retransmits, parked=v.parked, gen=v.gen,
         )
+
+    def used(self, start: int = 0) -> Iterator[Flow]:
+        """Entries in use, from one on."""
+        while (start := lib.rn_flows_next(self.mem, self.size, start)) < len(self):
+            if (flow := self.read(start)) is not None:
+                yield flow
+            start += 1
 
     def __iter__(self) -> Iterator[Flow]:
         """Entries in use."""
-        for i in range(len(self)):
-            if (flow := self.read(i)) is not None:
-                yield flow
+        return self.used()

@@ -127,6 +127,14 @@ def _processes_of_this_run() -> dict[int, str]:
     return found
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Sockets of sessions that tests start, and kill, are in a directory of the worker's own."""
+    path = tmp_path_factory.mktemp("sessions")
+    path.chmod(0o700)
+    os.environ["RINGNET_RUNTIME_DIR"] = str(path)
+
+
 @pytest.fixture
 def make_netns() -> Iterator[Callable[[str], Netns]]:
     """Makes network namespaces that go with the test."""

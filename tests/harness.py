@@ -36,9 +36,11 @@ from typing import Any
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from pipeline.config import make
+from pipeline.config import Plan, make
+from pipeline.egress import set_proxy
 from pipeline.supervisor import Link, Session
 from shm._dataplane import ffi, lib
+from shm.names import Names
 
 GATEWAY, GUEST, GUEST2 = "10.0.2.1", "10.0.2.2", "10.0.2.3"
 GATEWAY_MAC, GUEST_MAC = "02:ab:cd:00:00:01", "52:54:ab:00:00:02"
@@ -331,7 +333,8 @@ class EgressOnly(Guest):
 
     def __init__(self, *, mtu: int = 1500, ring: int = 1024, small: int = 1024, large: int = 64, flows: int = 1024,
                  nfile: int = 1024, udp_max: int = 512, pending_max: int = 64, host_loopback: bool = True,
-                 offload: bool = False, raw_icmp_fd: int = -1, seed: int = 0) -> None:
+                 offload: bool = False, raw_icmp_fd: int = -1, seed: int = 0,
+                 proxy: Plan | None = None, peek: int = -1) -> None:
         super().__init__()
         self.mtu = mtu
         self._skew = 0  # ns
@@ -372,9 +375,13 @@ class EgressOnly(Guest):
         _ok(lib.rn_stage_add_output(s, lib.RN_ROLE_GUEST, rings[1].mem, rings[1].size, self._RX), s)
         c = ffi.new("struct egress_config *")
         c.gateway4, c.gateway_mac = socket.inet_aton(GATEWAY), mac_bytes(GATEWAY_MAC)
-        c.mtu, c.offload, c.host_loopback, c.peek_offset = mtu, offload, host_loopback, -1
+        c.guest4, c.prefix = socket.inet_aton(GUEST), 24
+        c.mtu, c.offload, c.host_loopback, c.peek_offset = mtu, offload, host_loopback, peek
         c.raw_icmp_fd, c.nfile, c.udp_max, c.pending_max, c.seed = raw_icmp_fd, nfile, udp_max, pending_max, seed
         _ok(lib.stage_egress_init(s, self._flows.mem, self._flows.size, c), s)
+        self.names = self._with.enter_context(Names.create())
+        if proxy is not None:
+            set_proxy(s, proxy, (self.names.mem, self.names.size))
         self._parse = ffi.new("struct classify_config *")
         self._parse.gateway4, self._parse.subnet4 = socket.inet_aton(GATEWAY), socket.inet_aton("10.0.2.0")
         self._parse.prefix, self._parse.gateway_mac, self._parse.mtu = 24, mac_bytes(GATEWAY_MAC), mtu

@@ -22,7 +22,7 @@ def load_draw() -> ModuleType:
 draw = load_draw()
 
 
-@pytest.mark.parametrize("name", sorted(draw.PARTS))
+@pytest.mark.parametrize("name", sorted([*draw.PARTS, *draw.FILES]))
 def test_generated_parts_are_current(name: str) -> None:
     assert (REPO / name).read_text() == draw.rendered(name), f"run tools/draw --update: {name} is out of date"
 

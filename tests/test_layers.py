@@ -3,11 +3,11 @@
 Processes meet in a ring, a cell or a message; modules meet only downwards:
 
     __main__                        picks what to run
-    cli, demo                       the commands
+    cli, ctl, demo ...              the commands
     supervisor, monitor, netns ...  control (netlink, dhcp_client): never a stage file, they start stages as processes
     guest_tx, classify, ...         a stage a file: never another stage
     stage                           what stages share
-    topology, config, messages      declarations
+    topology, config, messages ...  declarations
     shm                             handles on shared objects; knows no stage
 
     stage_*.c  >  protocols (tcp.c, arp.c ...)  >  rn_*.[ch]  >  rn_layout.h
@@ -24,9 +24,10 @@ from pipeline.topology import TOPOLOGY
 
 REPO = Path(__file__).resolve().parent.parent
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
-DECLARATIONS = frozenset({"topology", "config", "messages"})
-COMMANDS = frozenset({"cli", "demo"})
-CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client"})
+DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies"})
+COMMANDS = frozenset({"cli", "demo", "ctl", "completion"})
+CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners",
+                     "control_api", "hosts_book", "session_dir", "client"})
 
 
 def layer(module: str) -> str:

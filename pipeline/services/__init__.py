@@ -24,18 +24,22 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from pipeline.services.dhcp import DhcpServer, config_from
+from pipeline.messages import HostsChange, Leased, Notices
+from pipeline.services.dhcp import DhcpServer, Lease, config_from
 from pipeline.services.dns import DnsForwarder
-from pipeline.services.hosts import HostsTable
+from pipeline.services.hosts import Address, HostsTable
 from pipeline.services.loop import READ, Loop
 from pipeline.services.resolv import ResolvWatcher, Upstream, parse_nameservers
 from pipeline.stage import Ended, StageContext, StageError
 from shm._dataplane import ffi, lib
+from shm.names import NamesWriter
 
 log = logging.getLogger("ringnet.services")
 
 BATCH = 64  # datagrams a turn: bounds the time until control, sockets and timers are looked at
 PAYLOAD_MAX = 65507  # bytes; RFC 768 within RFC 791's total length
+NOTICE_RATE, NOTICE_BURST = 20.0, 64  # leases told, a second and at once
+NAME_MIN_S, NAME_MAX_S = 300, 86400  # a name is kept: a program may use an address longer than its TTL says
 DHCP_PORT = 67  # RFC 2131 4.1
 DNS_PORT = 53  # RFC 1035 4.2
 
@@ -54,7 +58,25 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     domain: str = "ringnet.internal"  # owned: never asked upstream; told to the guest (option 15)
     hosts: dict[str, list[str]] = {}  # name: addresses, besides host.DOMAIN and gateway.DOMAIN
     lease_file: str = ""  # "": leases end with the session
+    learn_names: bool = False  # keep the names that answers gave addresses, for egress (csrc/rn_names.h)
     lease_s: Annotated[int, Meta(ge=60, le=0xFFFFFFFE)] = 86400  # seconds; the largest 32-bit value means for ever
+
+
+class Bucket:
+    """At most `burst` at once, `rate` a second."""
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float]) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._tokens, self._at = float(burst), clock()
+
+    def take(self) -> bool:
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
 
 
 def counter_sink(stage: Any) -> Callable[..., None]:
@@ -82,7 +104,7 @@ class Services:
     """The stage's objects, tied to the ring. Tests drive it with a stage of their own."""
 
     def __init__(self, cfg: Config, stage: Any, loop: Loop, listener: socket.socket | None = None,
-                 wall_clock: Callable[[], float] = time.time) -> None:
+                 wall_clock: Callable[[], float] = time.time, names: NamesWriter | None = None) -> None:
         self.stage = stage
         self.loop = loop
         self._count = counter_sink(stage)
@@ -97,11 +119,17 @@ class Services:
             config_from(gateway4=cfg.gateway4, prefix=cfg.prefix, guest4=cfg.guest4, pool_start=cfg.pool_start,
                         pool_end=cfg.pool_end, mtu=cfg.mtu, domain=cfg.domain, search=cfg.search,
                         lease_s=cfg.lease_s, lease_file=cfg.lease_file),
-            clock=wall_clock, count=self._count)
+            clock=wall_clock, count=self._count, leased=self._leased)
         self.hosts = HostsTable(domain=cfg.domain, gateway=self._gateway, network=self.dhcp.config.network)
         for name, addresses in cfg.hosts.items():
             self.hosts.set(name, [ipaddress.ip_address(a) for a in addresses])
-        self.dns = DnsForwarder(loop, self.hosts, count=self._count)
+        self._change: list[HostsChange] = []  # parts of one change of the hosts table, as far as they came
+        self.tell: Callable[[Leased], bool] = lambda notice: True
+        self._notices = False
+        self._rate = Bucket(NOTICE_RATE, NOTICE_BURST, loop.clock)
+        self._lost = 0
+        self._names = names if cfg.learn_names else None
+        self.dns = DnsForwarder(loop, self.hosts, count=self._count, learn=self._learn if self._names else None)
         self._watcher: ResolvWatcher | None = None
         if cfg.dns:
             self.dns.set_upstreams([Upstream.parse(text) for text in cfg.dns])
@@ -111,6 +139,41 @@ class Services:
         if listener is not None:
             listener.setblocking(False)
             loop.watch(listener.fileno(), READ, self._accept)
+
+    def change_hosts(self, part: HostsChange, _fds: list[int]) -> str:
+        """Take a part of a change; at the last one all of it happens, or, with a reason returned, nothing."""
+        self._change.append(part)
+        if not part.commit:
+            return ""
+        parts, self._change = self._change, []
+        names: dict[str, list[Address]] = {}
+        try:
+            for p in parts:
+                names.update((n, [ipaddress.ip_address(a) for a in found]) for n, found in p.names.items())
+            self.hosts.change(names, own=[d for p in parts for d in p.own], disown=[d for p in parts for d in p.disown])
+        except ValueError as err:  # DnsFormatError too
+            return str(err)
+        return ""
+
+    def set_notices(self, ask: Notices, _fds: list[int]) -> str:
+        self._notices = ask.on
+        return ""
+
+    def _leased(self, lease: Lease) -> None:
+        """A lease was given or renewed. Renewals are the guest's to send: so many a second are told, not more."""
+        if not self._notices:
+            return
+        if self._rate.take() and self.tell(Leased(address=str(lease.address), mac=lease.mac.hex(":"),
+                                                  hostname=lease.hostname, lost=self._lost,
+                                                  seconds=max(0, int(lease.expires - lease.since)))):
+            self._lost = 0
+        else:
+            self._lost += 1
+
+    def _learn(self, address: Address, name: str, ttl: int, local: bool) -> None:
+        assert self._names is not None
+        seconds = min(max(ttl, NAME_MIN_S), NAME_MAX_S)
+        self._names.set(address, name, now_ns=time.monotonic_ns(), seconds=seconds, local=local)
 
     def _resolv_changed(self, text: str) -> None:
         self.dns.set_upstreams(parse_nameservers(text))
@@ -196,7 +259,8 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
         stack.callback(loop.close)
         if listener is not None:
             stack.callback(listener.close)
-        services = Services(cfg, ctx.stage, loop, listener)
+        names = NamesWriter(*ctx.names) if ctx.names is not None else None
+        services = Services(cfg, ctx.stage, loop, listener, names=names)
         stack.callback(lib.rn_stage_fini, ctx.stage)
         stack.callback(services.close)
 
@@ -204,6 +268,8 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
             if (end := ctx.handle_control()) is not None:
                 ended.append(end)
 
+        ctx.handlers |= {HostsChange: services.change_hosts, Notices: services.set_notices}
+        services.tell = ctx.notice
         loop.watch(ctx.control_fileno(), READ, on_control)
         loop.watch(lib.rn_services_bell(ctx.stage), READ, lambda _events: None)  # disarm() quiets it
         ctx.running()

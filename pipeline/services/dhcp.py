@@ -292,8 +292,10 @@ class DhcpServer:
         config: DhcpConfig,
         clock: Callable[[], float],
         count: Callable[[str], None] = no_count,
+        leased: Callable[[Lease], None] = lambda lease: None,
     ) -> None:
         self.config = config
+        self._leased = leased  # told of each lease given or renewed
         self._clock = clock
         self._count = count
         self._by_address: dict[IPv4Address, Lease] = {}
@@ -498,6 +500,7 @@ class DhcpServer:
         # the next write; _load() adds that minute.
         expires = now + self.config.lease_s
         self._put(msg, address, State.BOUND, now, expires)
+        self._leased(self._by_address[address])
         renewed = old is not None and old.key == msg.key and old.state is State.BOUND
         if renewed and 0 <= expires - old.saved < SAVE_SLACK:
             self._by_address[address].saved = old.saved

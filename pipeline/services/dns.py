@@ -32,6 +32,7 @@ import socket
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from ipaddress import IPv4Address, IPv6Address
 
 from msgspec import Struct
 
@@ -44,6 +45,7 @@ from pipeline.services.resolv import Upstream
 log = logging.getLogger("ringnet.services.dns")
 
 Answer = Callable[[bytes], None]
+Learn = Callable[[IPv4Address | IPv6Address, str, int, bool], None]  # address, name asked for, TTL s, from hosts
 MESSAGE_MAX = 65535  # bytes: the TCP length prefix (RFC 1035 4.2.2)
 FAILURES = (Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED)
 
@@ -214,15 +216,18 @@ def no_count(name: str, n: int = 1) -> None:
 
 
 class DnsForwarder:
-    """`count` gets names from csrc/rn_metrics.def. One thread; never blocks."""
+    """`count` gets names from csrc/rn_metrics.def; `learn` the addresses in answers, before they go out. One thread;
+    never blocks."""
 
     def __init__(self, loop: Loop, hosts: HostsTable, *, count: Callable[[str], None] = no_count,
-                 limits: Limits = Limits(), random_id: Callable[[], int] = lambda: secrets.randbelow(65536)) -> None:
+                 limits: Limits = Limits(), random_id: Callable[[], int] = lambda: secrets.randbelow(65536),
+                 learn: Learn | None = None) -> None:
         self._loop = loop
         self._hosts = hosts
         self._count = count
         self._limits = limits
         self._random_id = random_id
+        self._learn = learn
         self._servers: tuple[Upstream, ...] = ()
         self._preferred = 0
         self._preferred_until = 0.0
@@ -314,7 +319,7 @@ class DnsForwarder:
             self._count("dns_local")
             reply = dm.respond(query, data, local.rcode, answers=local.records, authority=local.authority,
                                authoritative=True)
-            self._deliver(asker, query, reply, stream)
+            self._deliver(asker, query, reply, stream, local=True)
         elif (cached := self.cache.get(query)) is not None:
             self._count("dns_cached")
             self._deliver(asker, query, cached, stream)
@@ -322,7 +327,23 @@ class DnsForwarder:
             return self._forward(query, asker, stream=stream)
         return True
 
-    def _deliver(self, asker: _Asker, query: dm.Message, reply: bytes, stream: bool) -> None:
+    def _note_names(self, query: dm.Message, reply: bytes, local: bool) -> None:
+        """Which addresses the guest gets for the name it asked for; CNAMEs on the way are not its business."""
+        assert self._learn is not None and query.question is not None
+        try:
+            name = b".".join(dm.labels_of(query.question.folded)).decode("ascii")
+            message = dm.parse(reply)
+        except (dm.DnsFormatError, UnicodeDecodeError):
+            return
+        for r in message.records:
+            if (r.section, r.rtype, r.rclass, r.rdata_len) == (1, Rtype.A, dm.IN, 4):
+                self._learn(IPv4Address(reply[r.rdata_at : r.end]), name, r.ttl, local)
+            elif (r.section, r.rtype, r.rclass, r.rdata_len) == (1, Rtype.AAAA, dm.IN, 16):
+                self._learn(IPv6Address(reply[r.rdata_at : r.end]), name, r.ttl, local)
+
+    def _deliver(self, asker: _Asker, query: dm.Message, reply: bytes, stream: bool, local: bool = False) -> None:
+        if self._learn is not None and query.question is not None and query.question.rtype in (Rtype.A, Rtype.AAAA):
+            self._note_names(query, reply, local)  # before the guest can use the address
         reply = asker.id.to_bytes(2) + reply[2:]
         if not stream and len(reply) > (limit := dm.limit_of(query)):
             reply = dm.truncate(dm.parse(reply), limit)

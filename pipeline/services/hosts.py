@@ -3,7 +3,8 @@
 Owned are the domain (ringnet.internal) and the guest subnet's reverse names: what is not in the table there does
 not exist (NXDOMAIN), and is never asked of anybody else (ArcBox fault 36 leaked it). A user's name outside the
 domain (`--hosts db.example=10.1.1.1`) is owned alone; its neighbours are forwarded as ever. A name of one label is
-known under the domain as well.
+known under the domain as well. More domains can be owned at run time. `*.DOMAIN` answers for every name below DOMAIN
+that does not exist and has no nearer ancestor that does (RFC 4592 2.2, 3.3.1); it gives no reverse name.
 
 A name that exists answers any type: with the addresses of that family for A and AAAA (ArcBox fault 35 gave an A
 record for AAAA), with no data for the rest. Time to live is short, since the table may change at any time.
@@ -23,6 +24,8 @@ Address = IPv4Address | IPv6Address
 TTL = 60  # seconds, of records from the table
 NEGATIVE_TTL = 10  # seconds, of "no such name": one just added should be seen soon
 NAMES_MAX = 65536
+DOMAINS_MAX = 4096
+STAR = b"\1*"  # first label of a wildcard
 ADDRESSES_MAX = 32  # of one name: the answer stays far below 64 KiB
 PRESETS = ("gateway", "host")  # under the domain; the first is the gateway's reverse name
 
@@ -43,6 +46,7 @@ class HostsTable:
             raise ValueError("the owned domain must not be empty: the table would own every name")
         self.domain = domain
         self._apex = dm.encode_name(domain).lower()
+        self._zones = {self._apex}  # owned domains
         self._gateway = gateway
         self._network = network
         self._names: dict[bytes, tuple[Address, ...]] = {}
@@ -57,19 +61,38 @@ class HostsTable:
     def set(self, name: str, addresses: Iterable[Address]) -> None:
         """Give a name these addresses, instead of any it had. Raises DnsFormatError for an impossible name, ValueError
         for one of ours, for no address or too many, and if the table is full."""
-        values = tuple(dict.fromkeys(addresses))
-        if not 0 < len(values) <= ADDRESSES_MAX:
-            raise ValueError(f"{name}: {len(values)} addresses; a name has 1 to {ADDRESSES_MAX}")
-        wires = self._wires(name)
-        if len(self._names) + len(wires) > NAMES_MAX:
-            raise ValueError(f"the hosts table is full ({NAMES_MAX} names)")
-        for wire in wires:
-            self._drop(wire)
-            self._put(wire, values)
+        values = tuple(addresses)
+        if not values:
+            raise ValueError(f"{name}: 0 addresses; a name has 1 to {ADDRESSES_MAX}")
+        self.change({name: values})
 
     def remove(self, name: str) -> bool:
         """Forget a name; false if it was not there. Raises as set()."""
-        return any([self._drop(wire) for wire in self._wires(name)])
+        there = any(wire in self._names for wire in self._wires(name))
+        self.change({name: ()})
+        return there
+
+    def change(self, names: Mapping[str, Iterable[Address]], *, own: Iterable[str] = (),
+               disown: Iterable[str] = ()) -> None:
+        """Give names these addresses, none: forget it; own more domains, or some no more. All of it, or, raising as
+        set(), nothing."""
+        todo: dict[bytes, tuple[Address, ...]] = {}
+        for name, addresses in names.items():
+            values = tuple(dict.fromkeys(addresses))
+            if len(values) > ADDRESSES_MAX:
+                raise ValueError(f"{name}: {len(values)} addresses; a name has 1 to {ADDRESSES_MAX}")
+            todo.update(dict.fromkeys(self._wires(name), values))
+        zones = (self._zones - {self._domain(d) for d in disown}) | {self._domain(d) for d in own}
+        if len(zones) > DOMAINS_MAX:
+            raise ValueError(f"too many owned domains ({DOMAINS_MAX} at most)")
+        more = sum((bool(values) - (wire in self._names)) for wire, values in todo.items())
+        if more > 0 and len(self._names) + more > NAMES_MAX:
+            raise ValueError(f"the hosts table is full ({NAMES_MAX} names)")
+        self._zones = zones
+        for wire, values in todo.items():
+            self._drop(wire)
+            if values:
+                self._put(wire, values)
 
     def replace(self, hosts: Mapping[str, Iterable[Address]]) -> None:
         """The whole table but the presets. Raises as set(); then the old table stays."""
@@ -86,6 +109,8 @@ class HostsTable:
         wire = dm.encode_name(name).lower()
         if wire == b"\0":
             raise dm.DnsFormatError("the root has no address")
+        if wire == STAR + b"\0":
+            raise ValueError(f"{name}: a wildcard needs a domain, like *.example")
         wires = [wire]
         if len(dm.labels_of(wire)) == 1:
             wires.append(dm.encode_name(f"{name.removesuffix('.')}.{self.domain}").lower())
@@ -94,9 +119,18 @@ class HostsTable:
                 raise ValueError(f"{name} is a name of ringnet's own")
         return wires
 
+    def _domain(self, text: str) -> bytes:
+        """A domain that can be owned, or not any more."""
+        wire = dm.encode_name(text).lower()
+        if wire == b"\0" or wire.startswith(STAR):
+            raise ValueError(f"{text!r}: not a domain to be owned")
+        if wire == self._apex:
+            raise ValueError(f"{text} is ringnet's own already, for good")
+        return wire
+
     def _put(self, wire: bytes, addresses: tuple[Address, ...]) -> None:
         self._names[wire] = addresses
-        for address in addresses:
+        for address in addresses if not wire.startswith(STAR) else ():
             self._owner.setdefault(address, []).append(wire)
         for parent in list(dm.parents_of(wire))[1:]:
             self._inner[parent] = self._inner.get(parent, 0) + 1
@@ -105,7 +139,7 @@ class HostsTable:
         addresses = self._names.pop(wire, None)
         if addresses is None:
             return False
-        for address in addresses:
+        for address in addresses if not wire.startswith(STAR) else ():
             self._owner[address].remove(wire)
             if not self._owner[address]:
                 del self._owner[address]
@@ -120,7 +154,10 @@ class HostsTable:
     def lookup(self, question: dm.Question) -> Answer | None:
         """Answer if the name is ours, else None: ask upstream."""
         name = question.folded
-        if (addresses := self._names.get(name)) is not None:
+        addresses = self._names.get(name)
+        if addresses is None and name not in self._inner:
+            addresses = self._wildcard(name)
+        if addresses is not None:
             return self._found(question, [
                 (Rtype.A if isinstance(a, IPv4Address) else Rtype.AAAA, a.packed) for a in addresses])
         if (zone := self._zone(name)) is not None:
@@ -130,11 +167,19 @@ class HostsTable:
         return self._reverse(question, name)
 
     def _zone(self, name: bytes) -> bytes | None:
-        """The owned domain if the name lies in it."""
-        if name.endswith(self._apex):
-            for parent in dm.parents_of(name):  # labels, not bytes: "xringnet" is not "ringnet"
-                if parent == self._apex:
-                    return self._apex
+        """The nearest owned domain that the name lies in."""
+        for parent in dm.parents_of(name):  # labels, not bytes: "xringnet" is not "ringnet"
+            if parent in self._zones:
+                return parent
+        return None
+
+    def _wildcard(self, name: bytes) -> tuple[Address, ...] | None:
+        """Addresses for a name that is not there: those of `*` below its nearest ancestor that is (RFC 4592 3.3.1)."""
+        for parent in list(dm.parents_of(name))[1:]:
+            if (addresses := self._names.get(STAR + parent)) is not None:
+                return addresses
+            if parent in self._names or parent in self._inner or parent in self._zones:
+                return None
         return None
 
     def _reverse(self, question: dm.Question, name: bytes) -> Answer | None:

@@ -11,35 +11,39 @@ Header lines, all "# key: value": rule (one line, required), rfc (sections, requ
 tests/faults/faults.py), on (stage, wire; default both), mtu, and note (why we do it this way; may be repeated).
 
 "stage" runs egress alone with a clock that moves only when the script says so; "wire" runs every process of the
-pipeline. Rules about time run on the stage only.
+pipeline. Rules about time or retransmission run on the stage only; on the wire a retransmission is passed over.
 
-Numbers are relative: 0 is each side's SYN, 1 its first byte. Before a SYN-ACK came, the gateway's are absolute. The bytes
-of a stream are a function of their number, so whatever is received is compared: a lost, doubled or misplaced byte fails.
+Numbers are relative: 0 is each side's SYN, 1 its first byte. Before a SYN-ACK came, the gateway's are absolute. The
+bytes of a stream are a function of their number, so whatever is received is compared: a lost, doubled or misplaced byte
+fails.
 
-    guest sends FLAGS|nothing key=value...   seq= ack= len= win= (as on the wire; stays until changed) mss= wscale=
-                                             sack (SYN: permitted) sack=LO:HI,LO:HI (blocks, [LO, HI)) opts=HEX (raw options) urg= times=N (consecutive segments) junk (other bytes)
-                                             corrupt (a wrong checksum); again (SYN: not the guest's real options)
-    guest gets  FLAGS key=value...           the next segment: exactly these of FIN SYN RST ACK; PSH, URG, ECE, CWR if named.
-                                             also <= and >=; window: win scaled; mss, wscale: a number or none; sack=permitted,
-                                             none or LO:HI,LO:HI (.. behind it: and others);
-                                             noopts: no other option. seq=new: the SYN-ACK's number is the new 0.
+    guest sends FLAGS key=value...           seq= ack= len= win= (as on the wire; stays until changed) urg= mss= wscale=
+                                             times=N (consecutive segments), junk (other bytes), corrupt (a wrong
+                                             checksum), sack (SYN: permitted), sack=LO:HI,LO:HI (blocks, [LO, HI)),
+                                             opts=HEX (raw options), again (SYN: not the guest's real options)
+    guest gets  FLAGS key=value...           the next segment: exactly these of FIN SYN RST ACK; PSH, URG, ECE, CWR if
+                                             named. Also <= and >=; window: win scaled; mss, wscale: a number or none;
+                                             sack=permitted, none or LO:HI,LO:HI (.. behind it: and others); noopts: no
+                                             other option. seq=new: the SYN-ACK's number is the new 0.
                                              after=S: not before S seconds of the clock have passed, and then
     guest gets  nothing                      no segment of this connection, for=S: within S seconds of the clock
+    guest gets  ICMP type=T code=C           an ICMP error that quotes this connection
     guest awaits ...                         as gets, but passes over others
-    guest takes N key=value... [quiet]       N new bytes in order, each segment acknowledged (quiet: not); conditions on each
-    guest gets ICMP type=T code=C            an ICMP error that quotes this connection
+    guest takes N key=value... [quiet]       N new bytes in order, each segment acknowledged (quiet: not); conditions on
+                                             each; guest_seq=: the number of the ACKs
+    guest fills the window                   in-order segments until no window is left; the host does not read
     connected key=value...                   handshake, as from a guest with these SYN options; accepted by the host
     host listens [backlog=N] | host refuses  a server, or none
-    host accepts [key=value]                 rcvbuf=N
+    host accepts [rcvbuf=N]
     host writes N | reads N | reads nothing | reads end | reads reset | shuts down | closes | resets
-    guest fills the window                   in-order segments until no window is left; the host does not read
     host drains                              reads all that the guest sent
     clock +S                                 S seconds later
     counter NAME +N                          egress counted so many since the script began (+N.. at least)
     flow gone                                the table has no TCP entry (stage), or a segment is reset (wire)
 
 Whatever the rule is, every segment must also keep these: right checksums, no byte beyond the guest's window or over its
-MSS, no ACK of what was not sent, and a right edge of our window that never moves back, nor forward by less than a segment.
+MSS, no ACK of what was not sent, and a right edge of our window that never moves back, nor forward by less than a
+segment.
 """
 from __future__ import annotations
 
@@ -230,6 +234,7 @@ class Script:
         self.isn = random.Random(rule.name).randrange(1 << 32)
         self.irs = 0  # the gateway's number that is called 0
         self.snd_max = 0  # the guest's highest number sent, relative
+        self.seen = 0  # the gateway's highest number that came, relative
         self.rcv_nxt = 0  # what "takes" expects, relative
         self.win, self.mss, self.wscale, self.peer_wscale = 65535, 1460, 7, 0
         self.agreed = False  # window scaling
@@ -240,20 +245,40 @@ class Script:
         self.base = 1
         self.server: socket.socket | None = None
         self.host: socket.socket | None = None
+        self.source, self.mac = GUEST, guest.mac
         self.stack = contextlib.ExitStack()
         self.before = guest.counters()
 
+    @classmethod
+    def on(cls, guest: Guest, name: str = "test") -> Script:
+        """A connection of its own for a test in Python: with Script.on(guest) as c: c.do("connected", ...)."""
+        return cls(Rule(Path(name), name, "", (), guest.mtu, (), ()), guest)
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def do(self, *steps: str) -> None:
+        for step in steps:
+            name = max((v for v in VERBS if step == v or step.startswith(v + " ")), key=len)
+            try:
+                VERBS[name](self, Args.parse(shlex.split(step[len(name):])))
+            except (AssertionError, OSError, EOFError) as e:
+                what = str(e).splitlines()[0] if str(e) else type(e).__name__
+                raise AssertionError(f"{self.rule.path.name}: {step}\n    {what}") from e
+
     def run(self) -> None:
+        """The whole rule. AssertionError names file, line and step."""
         with self.stack:
             if isinstance(self.guest, EgressOnly):
                 self.guest.stop_clock()
             for number, step in self.rule.steps:
-                name = max((v for v in VERBS if step == v or step.startswith(v + " ")), key=len)
                 try:
-                    VERBS[name](self, Args.parse(shlex.split(step[len(name):])))
-                except (AssertionError, OSError, EOFError) as e:
-                    what = str(e).splitlines()[0] if str(e) else type(e).__name__
-                    raise AssertionError(f"{self.rule.path.name}:{number}: {step}\n    {what}") from e
+                    self.do(step)
+                except AssertionError as e:
+                    raise AssertionError(str(e).replace(": ", f":{number}: ", 1)) from e
 
     # -- segments
 
@@ -264,8 +289,9 @@ class Script:
         win = self.win if win is None else win
         has_ack = bool(flags & FLAGS["ACK"])
         seg = struct.pack("!HHIIBBHHH", self.sport, self.port, (self.isn + seq) & M32,
-                          (self.irs + ack) & M32 if has_ack else 0, (20 + len(opts)) // 4 << 4, flags, win, 0, urg) + opts + data
-        pseudo = socket.inet_aton(GUEST) + socket.inet_aton(GATEWAY) + struct.pack("!BBH", 0, TCP, len(seg))
+                          (self.irs + ack) & M32 if has_ack else 0, (20 + len(opts)) // 4 << 4, flags, win, 0, urg)
+        seg += opts + data
+        pseudo = socket.inet_aton(self.source) + socket.inet_aton(GATEWAY) + struct.pack("!BBH", 0, TCP, len(seg))
         sum_ = checksum(pseudo + seg) ^ (0x5555 if corrupt else 0)
         seg = seg[:16] + struct.pack("!H", sum_) + seg[18:]
         if not corrupt:
@@ -273,18 +299,36 @@ class Script:
             self.snd_max = max(self.snd_max, end)
             if has_ack:
                 self.guest_edge = max(self.guest_edge, ack + (win << (self.wscale if self.agreed else 0)))
-        self.guest.send(mac_bytes(GATEWAY_MAC) + mac_bytes(self.guest.mac) + b"\x08\x00" + ipv4(TCP, seg, GUEST, GATEWAY, frag=0x4000))
+        packet = ipv4(TCP, seg, self.source, GATEWAY, frag=0x4000)
+        self.guest.send(mac_bytes(GATEWAY_MAC) + mac_bytes(self.mac) + b"\x08\x00" + packet)
+
+    def frames(self) -> int:
+        """Segments for this connection that lie on the ring or link right now; they are taken and checked."""
+        n = 0
+        while self.receive(0) is not None:
+            n += 1
+        return n
 
     def _mine(self, d: Datagram) -> bool:
-        return d.proto == TCP and (d.src, d.sport, d.dport) == (GATEWAY, self.port, self.sport)
+        return d.proto == TCP and (d.src, d.dst, d.sport, d.dport) == (GATEWAY, self.source, self.port, self.sport)
 
     def receive(self, timeout: float = DEADLINE) -> Segment | None:
-        d = self.guest.datagram(self._mine, timeout)
-        if d is None:
-            return None
-        seg = Segment.parse(d)
-        self.check(seg)
-        return seg
+        end = time.monotonic() + timeout
+        while (d := self.guest.datagram(self._mine, max(0.0, end - time.monotonic()))) is not None:
+            seg = Segment.parse(d)
+            self.check(seg)
+            if not self._repeated(seg):
+                return seg
+        return None
+
+    def _repeated(self, seg: Segment) -> bool:
+        """Sent again by a timeout, which the real clock may bring at any step: rules about that are the stage's."""
+        n = len(seg.data) + bool(seg.flags & FLAGS["FIN"])
+        if not n or seg.flags & (FLAGS["SYN"] | FLAGS["RST"]):
+            return False
+        before, end = self.seen, self.seq(seg) + n
+        self.seen = max(end, before)
+        return not self.clock and end <= before
 
     def seq(self, seg: Segment) -> int:
         """Relative sequence number, negative for old ones."""
@@ -303,7 +347,8 @@ class Script:
         assert self.ack(seg) <= self.snd_max, f"acknowledges what was never sent: {seg}"
         edge = self.ack(seg) + (seg.win << self.peer_wscale)
         if self.edge is not None:  # rounding to the scale is no move (RFC 7323 2.4)
-            assert edge > self.edge - (1 << self.peer_wscale), f"window shrinks by {self.edge - edge}: {seg} (RFC 9293 3.8.6)"
+            back = self.edge - edge
+            assert back < 1 << self.peer_wscale, f"window shrinks by {back}: {seg} (RFC 9293 3.8.6)"
             moved = edge - self.edge
             assert moved < 1 << self.peer_wscale or moved > self.own_mss - (1 << self.peer_wscale), \
                 f"window moves by {moved} only: {seg} (RFC 9293 3.8.6.2.2)"
@@ -350,7 +395,8 @@ class Script:
 
     def show(self, seg: Segment) -> str:
         names = " ".join(n for n, bit in FLAGS.items() if seg.flags & bit)
-        return f"{names} seq={self.seq(seg)} ack={self.ack(seg)} len={len(seg.data)} win={seg.win} options={seg.options}"
+        numbers = f"seq={self.seq(seg)} ack={self.ack(seg)} len={len(seg.data)} win={seg.win}"
+        return f"{names} {numbers} options={seg.options}"
 
     def pass_time(self, seconds: float) -> None:
         assert isinstance(self.guest, EgressOnly)
@@ -376,7 +422,8 @@ class Script:
         opts, raw, sack = b"", a.take("opts"), a.take("sack")
         if sack is not None:
             edges = [int(n) for block in sack.split(",") for n in block.split(":")]
-            opts += struct.pack(f"!BBBB{len(edges)}I", 1, 1, 5, 2 + 4 * len(edges), *((self.irs + n) & M32 for n in edges))
+            absolute = [(self.irs + n) & M32 for n in edges]
+            opts += struct.pack(f"!BBBB{len(edges)}I", 1, 1, 5, 2 + 4 * len(edges), *absolute)
         if a.flags & FLAGS["SYN"]:
             mss, wscale = a.take("mss", "none"), a.take("wscale", "none")
             if mss != "none":
@@ -393,7 +440,6 @@ class Script:
             opts += bytes.fromhex(raw)
         urg, times = a.number("urg", 0), a.number("times", 1)
         junk, corrupt = a.word("junk"), a.word("corrupt")
-        a.word("nothing")
         a.done()
         assert seq is not None and ack is not None and length is not None and times is not None and urg is not None
         for k in range(times):
@@ -418,7 +464,7 @@ class Script:
             seg = self.receive(max(0.0, end - time.monotonic()) if after is None else 0)
             assert seg is not None, "nothing came"
             if fresh and seg.flags & FLAGS["SYN"]:
-                self.irs, self.rcv_nxt = seg.seq, 1
+                self.irs, self.rcv_nxt, self.seen = seg.seq, 1, 0
                 self.base = self.ack(seg)
                 self.agreed = 3 in seg.options
                 self.peer_wscale = seg.options[3][0] if self.agreed else 0

@@ -25,7 +25,7 @@ def test_stage(rule: Rule) -> None:
         run(rule, guest)
 
 
-@pytest.mark.parametrize(("rule", "wire"), [pytest.param(r, {"mtu": r.mtu}, id=r.name) for r in RULES if "wire" in r.on],
-                         indirect=["wire"])
+@pytest.mark.parametrize(("rule", "wire"), [pytest.param(r, {"mtu": r.mtu}, id=r.name) for r in RULES
+                                            if "wire" in r.on], indirect=["wire"])
 def test_wire(rule: Rule, wire) -> None:
     run(rule, wire)

@@ -116,9 +116,11 @@ def test_a_stage_holds_what_the_topology_grants_and_no_rights(ends: GuestEnd) ->
     with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
         for name, pid in s.stages().items():
             maps = set(re.findall(r"/dev/shm/rn-[0-9a-f]{8}-(\w+).*", Path(f"/proc/{pid}/maps").read_text()))
-            assert maps == {"session", "arena", "ring"} | ({"flows"} if TOPO.stage(name).flows else set())
+            stage = TOPO.stage(name)
+            assert maps == ({"session", "arena", "ring"} | ({"flows"} if stage.flows else set())
+                            | ({"names"} if stage.names else set()))
             objects = len(re.findall(r"/dev/shm/rn-", Path(f"/proc/{pid}/maps").read_text()))
-            assert objects == 2 + len(TOPO.inputs(name)) + len(TOPO.outputs(name)) + TOPO.stage(name).flows
+            assert objects == (2 + len(TOPO.inputs(name)) + len(TOPO.outputs(name)) + stage.flows + bool(stage.names))
             fds = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
             assert sum("eventfd" in f for f in fds) == 1 + len(TOPO.neighbours(name))
             assert not [f for f in fds if "/dev/shm" in f]  # mapped, then closed

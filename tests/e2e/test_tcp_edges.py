@@ -72,17 +72,20 @@ def test_refused(host: Netns, guest_ns: Netns, address: str) -> None:
         assert guest.connect_ex((address, port)) == errno.ECONNREFUSED
 
 
+@pytest.mark.fault(24)
 def test_no_route_is_unreachable(host: Netns, guest_ns: Netns) -> None:
     with guest_ns.socket() as guest:
         assert guest.connect_ex(("203.0.113.1", 80)) == errno.ENETUNREACH
 
 
+@pytest.mark.fault(24)
 def test_unreachable_host(host: Netns, guest_ns: Netns) -> None:
     host.ip("route", "add", "unreachable", "203.0.113.2/32")
     with guest_ns.socket() as guest:
         assert guest.connect_ex(("203.0.113.2", 80)) == errno.EHOSTUNREACH
 
 
+@pytest.mark.fault(7)
 def test_reset_by_the_guest(host: Netns, guest_ns: Netns) -> None:
     seen: list[object] = []
 
@@ -180,6 +183,7 @@ def test_500_parallel_connections(host: Netns, guest_ns: Netns, many_files: None
         threading.stack_size(0)
 
 
+@pytest.mark.fault(1, 5)
 def test_a_slow_reader_stops_the_sender_and_loses_nothing(host: Netns, guest_ns: Netns) -> None:
     """The host's server reads nothing at first: the guest's send must block, not run ahead or fail."""
     total, go = 16 << 20, threading.Event()

@@ -1,7 +1,8 @@
 """Faults found in an earlier network stack of this kind, one line each. None of them may come back.
 
-A test that would fail on an implementation with fault N carries @pytest.mark.fault(N), or is called test_fault_N_..., or is
-a rule file (tests/conformance) with "# fault: N". test_faults.py checks that each number has such a test or stands in WAITS.
+A test that would fail on an implementation with fault N carries @pytest.mark.fault(N), or is called test_fault_N_...,
+or is a rule file (tests/conformance) with "# fault: N". test_faults.py checks that each number has such a test or
+stands in WAITS.
 """
 from __future__ import annotations
 

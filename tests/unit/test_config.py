@@ -38,7 +38,7 @@ def test_each_option_is_a_flag_a_key_and_a_row_of_the_manual() -> None:
     # passt's letters, where passt has the option
     assert {o.key: o.flag for o in options() if o.flag} == {
         "mtu": "m", "address": "a", "netmask": "n", "gateway": "g", "dns": "D", "search": "S", "pcap": "p", "pid": "P",
-        "ifname": "I", "quiet": "q", "debug": "d"}
+        "ifname": "I", "tcp-ports": "t", "udp-ports": "u", "quiet": "q", "debug": "d"}
 
 
 NIC1 = TOPOLOGY.only(frozenset({Feature.NIC1}))

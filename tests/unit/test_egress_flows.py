@@ -56,6 +56,7 @@ def test_siphash_is_the_published_one(length):
 # -- table
 
 
+@pytest.mark.fault(42)
 def test_a_mapping_is_in_the_table_for_the_monitor():
     with EgressOnly() as guest, udp_server() as server:
         guest.send_udp(4000, server.getsockname()[1], b"12345")
@@ -93,6 +94,7 @@ def test_eviction_takes_the_least_recently_used(udp_max, ports):
         assert guest.counters()["udp_evicted"] == evicted
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("bound", [{"flows": 4}, {"nfile": EG_FD_RESERVE + 4}], ids=["flow table", "descriptors"])
 def test_a_full_table_makes_room_for_the_newest(bound):
     before = len(os.listdir("/proc/self/fd"))
@@ -125,6 +127,7 @@ def test_a_dead_mapping_leaves_nothing_queued():
 # -- timers
 
 
+@pytest.mark.fault(15, 29)
 def test_udp_ends_after_30_s_unanswered_and_180_s_answered():
     """RFC 4787 4.3; before an answer only the guest's datagrams count."""
     with EgressOnly() as guest, udp_server() as server:
@@ -169,6 +172,7 @@ def test_timers_against_a_model(steps):
             assert alive <= {p for p, at in last.items() if now - at < 30004}
 
 
+@pytest.mark.fault(19, 41)
 @settings(max_examples=30, deadline=None)
 @given(gaps=st.lists(st.integers(0, 40_000_000_000), min_size=1, max_size=5))
 def test_the_loop_wakes_for_each_timer_and_not_much_oftener(gaps):
@@ -219,6 +223,7 @@ def test_many_timers_due_at_once_all_fire():
 # -- output
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("room", [{"ring": 8}, {"small": 4, "large": 1}], ids=["ring", "buffers"])
 def test_nothing_is_lost_while_the_guest_is_slow(room):
     """The host socket is the buffer: egress stops reading, is idle (settle() returns), and goes on when there is
@@ -248,6 +253,7 @@ def test_data_upwards_does_not_wait_for_room_downwards():
             assert server.recvfrom(10)[0] == b"%d" % k
 
 
+@pytest.mark.fault(17)
 def test_a_busy_flow_leaves_room_for_the_others():
     """Round robin: with 300 datagrams waiting for one flow, another's single one is not last."""
     with EgressOnly(ring=32, small=1024) as guest, udp_server() as server:

@@ -106,7 +106,7 @@ def test_one_option_does_not_reshuffle_another() -> None:
     ("drop=1%", DROP, 0.01), ("drop=0.5", DROP, 0.5), ("dup=0.5%", DUP, 0.005), ("reorder=2%/3", REORDER, 0.02),
     ("corrupt=0.1%", CORRUPT, 0.001), ("truncate=30%", TRUNCATE, 0.3)])
 def test_rates(words: str, mask: int, share: float, seed: int) -> None:
-    """Within five standard deviations of a binomial distribution: wrong once in a million seeds, and these are fixed."""
+    """Within five standard deviations of a binomial distribution; the seeds are fixed, so it is always the same."""
     n = 100_000
     hits = sum(bool(m & mask) for m in Wire(f"{words},seed={seed}").trace(n))
     assert abs(hits - n * share) <= 5 * math.sqrt(n * share * (1 - share))
@@ -487,12 +487,16 @@ def test_places() -> None:
     ("", "nothing is no place"), ("up", "does nothing"), ("up:", "does nothing"), ("up:seed=1", "does nothing"),
     ("sideways:drop=1%", "sideways is no place; there are up, down, guest_tx->classify"),
     ("up:drop=101%", "drop=101%: expected a share"), ("up:drop=2", "expected a share"), ("up:drop", "expected a share"),
-    ("up:drop=-1%", "expected a share"), ("up:drop=nan", "expected a share"), ("up:drop=1%,,dup=1%", "nothing is none of"),
-    ("up:drops=1%", "drops=1% is none of drop="), ("up:drop=1%,drop=2%", "drop twice"), ("up:super=1", "super=1 is none"),
+    ("up:drop=-1%", "expected a share"), ("up:drop=nan", "expected a share"),
+    ("up:drop=1%,,dup=1%", "nothing is none of"),
+    ("up:drops=1%", "drops=1% is none of drop="), ("up:drop=1%,drop=2%", "drop twice"),
+    ("up:super=1", "super=1 is none"),
     ("up:reorder=1%/0", "how many frames overtake, 1..1000"), ("up:reorder=1%/", "how many frames overtake"),
     ("up:corrupt=1%/65", "1..64"), ("up:burst=1%", "expected a share"), ("up:burst=1%/0", "a burst that never ends"),
-    ("up:delay=5", "expected a time"), ("up:delay=1ms~2ms", "varies by more than it is"), ("up:delay=61s", "is over 60 s"),
-    ("up:stall=1s", "expected a time"), ("up:stall=1s/1s", "how long / how often"), ("up:seed=x,drop=1%", "a whole number"),
+    ("up:delay=5", "expected a time"), ("up:delay=1ms~2ms", "varies by more than it is"),
+    ("up:delay=61s", "is over 60 s"),
+    ("up:stall=1s", "expected a time"), ("up:stall=1s/1s", "how long / how often"),
+    ("up:seed=x,drop=1%", "a whole number"),
     ("up:seed=-1,drop=1%", "a whole number"), ("up:truncate=1e-3", "expected a share")])
 def test_wrong_words_are_one_line(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as e:

@@ -13,14 +13,20 @@ from hypothesis import strategies as st
 
 from pipeline import messages
 from pipeline.messages import (
+    Answer,
     Cancel,
     Channel,
+    CloseFlow,
     Configure,
     End,
     Ended,
     Failed,
     Hello,
+    HostsChange,
+    Leased,
+    LogLevel,
     MessageError,
+    Notices,
     Ping,
     Pong,
     Ready,
@@ -44,6 +50,13 @@ MESSAGES = st.one_of(
     st.just(Ready()), st.just(Start()), st.just(Running()),
     st.builds(Cancel, drain_ms=st.integers(0, 10**6)),
     st.builds(Ended, reason=WORDS, counters=st.dictionaries(WORDS, COUNT, max_size=5)),
+    st.builds(HostsChange, seq=COUNT, names=st.dictionaries(WORDS, st.lists(WORDS, max_size=3).map(tuple), max_size=3),
+              own=st.lists(WORDS, max_size=2).map(tuple), disown=st.lists(WORDS, max_size=2).map(tuple),
+              commit=st.booleans()),
+    st.builds(CloseFlow, seq=COUNT, index=st.integers(0, 2**32 - 1), gen=st.integers(0, 2**32 - 1)),
+    st.builds(LogLevel, seq=COUNT, level=st.sampled_from(["error", "warning", "info", "debug"])),
+    st.builds(Notices, seq=COUNT, on=st.booleans()), st.builds(Answer, seq=COUNT, error=WORDS),
+    st.builds(Leased, address=WORDS, mac=WORDS, hostname=WORDS, seconds=COUNT, lost=COUNT),
     st.builds(Failed, error=WORDS), st.builds(Ping, seq=COUNT), st.builds(Pong, seq=COUNT),
 )
 

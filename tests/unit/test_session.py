@@ -95,6 +95,7 @@ def test_a_stage_keeps_its_own_counters_and_the_common_ones():
     assert "tcp_syn" not in names
 
 
+@pytest.mark.fault(42)
 def test_drops_are_known_by_name():
     drop = Counter(index=0, stage="x", name="drop_ip_ttl", unit="frames", help="TTL 0")
     assert drop.is_drop

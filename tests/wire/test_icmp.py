@@ -41,6 +41,7 @@ SHARED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthC
 # -- the gateway itself
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("size", [0, 1, 56, 1472, 1473, 9000, 65507])
 def test_the_gateway_answers_pings_of_any_size(guest, size):
     """RFC 1122 3.2.2.6: identifier, sequence number and all the data come back."""
@@ -91,6 +92,7 @@ def test_other_icmp_of_the_guest_is_counted_and_not_answered(kind):
         assert guest.datagram(timeout=0) is None
 
 
+@pytest.mark.fault(26)
 def test_a_bad_checksum_is_not_answered(wire):
     ident = fresh_ident()
     bad = bytearray(echo(ident, 1, b"abc"))
@@ -183,6 +185,7 @@ def test_ping_of_any_size_beyond_the_gateway(way_out, size):
     assert (c["icmp_up"], c["icmp_down"], c["icmp_mappings"]) == (2, 2, 1)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.root
 def test_two_pings_with_one_identifier_from_two_guests_do_not_mix(way_out):
     guest = way_out()
@@ -192,6 +195,7 @@ def test_two_pings_with_one_identifier_from_two_guests_do_not_mix(way_out):
     assert got == {GUEST: b"first", "10.0.2.3": b"second"}
 
 
+@pytest.mark.fault(30)
 @pytest.mark.root
 def test_traceroute_with_echo_requests_names_each_hop(way_out):
     guest = way_out()
@@ -248,6 +252,7 @@ def test_traceroute_with_udp_names_each_hop(way_out):
     assert hops == [(GATEWAY, (11, 0)), (ROUTER, (11, 0)), (FAR, (3, 3))]
 
 
+@pytest.mark.fault(30)
 @pytest.mark.root
 def test_a_mapping_ends_after_a_minute_and_there_are_64_at_most(way_out):
     """RFC 5508 3.1 REQ-1: 60 s and not less."""

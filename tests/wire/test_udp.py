@@ -35,6 +35,7 @@ from tests.harness import (
 SHARED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("size", [0, 1, 1400, 1472, 1473, 1924, 1925, 3000, 9000, 65507])
 def test_a_datagram_of_any_size_there_and_back(guest, size):
     """RFC 768; RFC 791 3.2: 1472 is the last that fits an MTU of 1500."""
@@ -101,6 +102,7 @@ def test_frames_are_what_scapy_calls_right(wire):
     assert (got.src, got.dst) == (GATEWAY_MAC, GUEST_MAC)
 
 
+@pytest.mark.fault(29)
 def test_one_guest_port_is_one_host_port_for_every_destination(guest):
     """RFC 4787 4.1 REQ-1: endpoint-independent mapping."""
     port = fresh_port()
@@ -120,6 +122,7 @@ def test_a_host_that_was_not_asked_reaches_the_guest_under_its_own_port(guest):
         assert (got.data, got.sport) == (b"from elsewhere", stranger.getsockname()[1])
 
 
+@pytest.mark.fault(31)
 def test_two_guest_ports_and_two_guest_addresses_have_mappings_of_their_own(guest):
     port = fresh_port()
     with udp_server() as server:
@@ -130,6 +133,7 @@ def test_two_guest_ports_and_two_guest_addresses_have_mappings_of_their_own(gues
         assert len(seen) == 3
 
 
+@pytest.mark.fault(30)
 def test_closed_port_is_told_as_port_unreachable(guest):
     """RFC 792 type 3 code 3, about the guest's own packet, from the address it was sent to."""
     port, closed = fresh_port(), closed_udp_port()
@@ -150,6 +154,7 @@ def test_a_refused_datagram_does_not_cost_the_next_one(guest):
         assert [server.recvfrom(10)[0] for _ in range(20)] == [b"%d" % n for n in range(20)]
 
 
+@pytest.mark.fault(30)
 def test_ttl_that_ends_here_is_time_exceeded(guest):
     """RFC 1812 5.3.1, RFC 792 type 11: the gateway is the first hop."""
     port = fresh_port()
@@ -167,6 +172,7 @@ def test_ttl_one_reaches_the_gateway_itself(guest):
         assert server.recvfrom(10)[0] == b"near"
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("order", [lambda f: f, lambda f: f[::-1], lambda f: f + f[:1]],
                          ids=["in order", "backwards", "one twice"])
 def test_fragments_of_the_guest_arrive_whole(wire, order):
@@ -177,6 +183,7 @@ def test_fragments_of_the_guest_arrive_whole(wire, order):
         assert server.recvfrom(10000)[0] == data
 
 
+@pytest.mark.fault(26)
 def test_bad_udp_checksum_goes_nowhere(wire):
     port = fresh_port()
     with udp_server() as server:
@@ -213,6 +220,7 @@ def test_a_burst_of_replies_arrives_in_order_and_whole(guest):
         assert [guest.recv_udp(port).data for _ in range(n)] == [b"%d" % k * 20 for k in range(n)]
 
 
+@pytest.mark.fault(29)
 def test_the_least_recently_used_mapping_goes_when_there_are_too_many(make_wire):
     """The bound is a setting; the one that goes gets a new host port when it speaks again."""
     w: Wire = make_wire(udp_max=4)
@@ -238,6 +246,7 @@ def test_the_least_recently_used_mapping_goes_when_there_are_too_many(make_wire)
                 s.recv(10)
 
 
+@pytest.mark.fault(32)
 def test_loopback_can_be_closed_to_the_guest(make_wire):
     """--no-host-loopback: told at once, RFC 1812 5.2.7.1 code 13, and nothing reaches the server."""
     w: Wire = make_wire(no_host_loopback=True)

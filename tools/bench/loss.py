@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """TCP over a lossy link: ringnet beside the kernel's own TCP, each over the same bad wire (csrc/rn_impair.c).
 
-    tools/bench/loss.py [--losses 0,0.1,1,5] [--seconds 2] [--repeat 3] [--extra delay=2ms] [--mtu 1500] [--congestion cubic]
-                        [--json FILE]
+    tools/bench/loss.py [--losses 0,0.1,1,5] [--seconds 2] [--repeat 3] [--extra delay=2ms] [--mtu 1500]
+                        [--congestion cubic] [--json FILE]
 
 ringnet  guest's kernel -- tap, wire -- ringnet -- host's kernel: `ringnet attach --impair up:... --impair down:...`
 kernel   kernel -- tap, wire, tap -- kernel: two namespaces joined by rn_impair_relay(), nothing else between them
@@ -104,7 +104,8 @@ def ringnet(words: str, mtu: int) -> Path2:
     way = Path2()
     with contextlib.ExitStack() as undo:
         undo.push(way)
-        way.server, way.client, way.address = way.enter_context(namespace("h")), way.enter_context(namespace("g")), SERVER
+        way.server, way.client = way.enter_context(namespace("h")), way.enter_context(namespace("g"))
+        way.address = SERVER
         sh("ip", "-n", way.server, "addr", "add", f"{SERVER}/32", "dev", "lo")
         ready, told = os.pipe()
         argv = ["ip", "netns", "exec", way.server, sys.executable, "-P", "-m", "pipeline", "attach",
@@ -126,7 +127,8 @@ def kernel(words: str, mtu: int) -> Path2:
     way = Path2()
     with contextlib.ExitStack() as undo:
         undo.push(way)
-        way.server, way.client, way.address = way.enter_context(namespace("s")), way.enter_context(namespace("c")), GATEWAY
+        way.server, way.client = way.enter_context(namespace("s")), way.enter_context(namespace("c"))
+        way.address = GATEWAY
         taps = []
         for name, address in ((way.client, GUEST), (way.server, GATEWAY)):
             fd = inside(name, lambda: lib.rn_tap_open(b"tap0", ffi.new("int *")))
@@ -228,7 +230,8 @@ def main() -> int:
                         rate = throughput(way, direction, a.seconds, a.congestion)
                         runs.append({"system": name, "loss_percent": float(loss), "direction": direction, "seed": seed,
                                      "bits_per_second": round(rate)})
-                        print(f"{name:8} {loss:>5} % {direction:5} seed {seed}: {rate / 1e6:10.1f} Mbit/s", file=sys.stderr)
+                        print(f"{name:8} {loss:>5} % {direction:5} seed {seed}: {rate / 1e6:10.1f} Mbit/s",
+                              file=sys.stderr)
 
     def median(name: str, loss: str, direction: str) -> float:
         return statistics.median(r["bits_per_second"] for r in runs

@@ -1,0 +1,212 @@
+# bash completion for ringnet. Made by `ringnet completion bash`; do not edit.
+_ringnet_sessions() { ringnet ctl ls --json 2>/dev/null | sed -n 's/^{"session":"\([^"]*\)".*/\1/p'; }
+
+_ringnet() {
+	local cur=${COMP_WORDS[COMP_CWORD]} path="" option="" w i skip=0 rest=0
+	for ((i = 1; i < COMP_CWORD; i++)); do
+		w=${COMP_WORDS[i]}
+		if ((skip)); then
+			skip=0
+			option=""
+			continue
+		fi
+		case "$path|$w" in
+		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--seed" | "run|--impair")
+			skip=1
+			option=$w
+			continue
+			;;
+		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--seed" | "attach|--impair")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl|-s" | "ctl|--session" | "ctl|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl ls|-s" | "ctl ls|--session" | "ctl ls|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl status|-s" | "ctl status|--session" | "ctl status|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl stages|-s" | "ctl stages|--session" | "ctl stages|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl statistics|-s" | "ctl statistics|--session" | "ctl statistics|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward|-s" | "ctl forward|--session" | "ctl forward|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward add|-s" | "ctl forward add|--session" | "ctl forward add|--api-socket" | "ctl forward add|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward ls|-s" | "ctl forward ls|--session" | "ctl forward ls|--api-socket" | "ctl forward ls|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward rm|-s" | "ctl forward rm|--session" | "ctl forward rm|--api-socket" | "ctl forward rm|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward replace|-s" | "ctl forward replace|--session" | "ctl forward replace|--api-socket" | "ctl forward replace|--owner" | "ctl forward replace|-t" | "ctl forward replace|--tcp-ports" | "ctl forward replace|-u" | "ctl forward replace|--udp-ports")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts|-s" | "ctl hosts|--session" | "ctl hosts|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts add|-s" | "ctl hosts add|--session" | "ctl hosts add|--api-socket" | "ctl hosts add|--domain" | "ctl hosts add|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts replace|-s" | "ctl hosts replace|--session" | "ctl hosts replace|--api-socket" | "ctl hosts replace|--domain" | "ctl hosts replace|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts ls|-s" | "ctl hosts ls|--session" | "ctl hosts ls|--api-socket" | "ctl hosts ls|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts rm|-s" | "ctl hosts rm|--session" | "ctl hosts rm|--api-socket" | "ctl hosts rm|--domain" | "ctl hosts rm|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl flows|-s" | "ctl flows|--session" | "ctl flows|--api-socket" | "ctl flows|--proto")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl close|-s" | "ctl close|--session" | "ctl close|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl log|-s" | "ctl log|--session" | "ctl log|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl events|-s" | "ctl events|--session" | "ctl events|--api-socket" | "ctl events|--count")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl cancel|-s" | "ctl cancel|--session" | "ctl cancel|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		esac
+		case "${path:+$path }$w" in
+		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl log" | "ctl events" | "ctl cancel" | "completion" | "stage") path="${path:+$path }$w" ;;
+		"run "[!-]* | "run --") rest=1 ;;
+		esac
+	done
+	COMPREPLY=()
+	if ((rest)); then
+		mapfile -t COMPREPLY < <(compgen -c -f -- "$cur")
+		return
+	fi
+	if ((skip)); then
+		case "$path|$option" in
+		"run|--config" | "run|-p" | "run|--pcap" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|--resolv-conf" | "run|--lease-file") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"attach|--config" | "attach|-p" | "attach|--pcap" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|--resolv-conf" | "attach|--lease-file") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl|-s" | "ctl|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl ls|-s" | "ctl ls|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl ls|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl status|-s" | "ctl status|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl status|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl stages|-s" | "ctl stages|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl stages|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl statistics|-s" | "ctl statistics|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl statistics|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl forward|-s" | "ctl forward|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl forward|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl forward add|-s" | "ctl forward add|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl forward add|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl forward ls|-s" | "ctl forward ls|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl forward ls|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl forward rm|-s" | "ctl forward rm|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl forward rm|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl forward replace|-s" | "ctl forward replace|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl forward replace|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl hosts|-s" | "ctl hosts|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl hosts|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl hosts add|-s" | "ctl hosts add|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl hosts add|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl hosts replace|-s" | "ctl hosts replace|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl hosts replace|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl hosts ls|-s" | "ctl hosts ls|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl hosts ls|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl hosts rm|-s" | "ctl hosts rm|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl hosts rm|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl flows|-s" | "ctl flows|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl flows|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl flows|--proto") mapfile -t COMPREPLY < <(compgen -W "tcp udp icmp" -- "$cur") ;;
+		"ctl close|-s" | "ctl close|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl close|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl log|-s" | "ctl log|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl log|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl events|-s" | "ctl events|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl events|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl cancel|-s" | "ctl cancel|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl cancel|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		esac
+		return
+	fi
+	case "$path" in
+	"") mapfile -t COMPREPLY < <(compgen -W "run attach demo ctl completion stage -h --help --version" -- "$cur") ;;
+	"run") mapfile -t COMPREPLY < <(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --stats -q --quiet -d --debug" -- "$cur") ;;
+	"attach") mapfile -t COMPREPLY < <(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --stats -q --quiet -d --debug" -- "$cur") ;;
+	"demo") mapfile -t COMPREPLY < <(compgen -W "" -- "$cur") ;;
+	"ctl") mapfile -t COMPREPLY < <(compgen -W "ls status stages statistics forward hosts flows close log events cancel -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl ls") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl status") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl stages") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl statistics") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl forward") mapfile -t COMPREPLY < <(compgen -W "add ls rm replace -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl forward add") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json -u --udp --owner" -- "$cur") ;;
+	"ctl forward ls") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --owner" -- "$cur") ;;
+	"ctl forward rm") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json -u --udp --owner --close-flows" -- "$cur") ;;
+	"ctl forward replace") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --owner -t --tcp-ports -u --udp-ports --close-flows" -- "$cur") ;;
+	"ctl hosts") mapfile -t COMPREPLY < <(compgen -W "add replace ls rm -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl hosts add") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --domain --owner" -- "$cur") ;;
+	"ctl hosts replace") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --domain --owner" -- "$cur") ;;
+	"ctl hosts ls") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --owner" -- "$cur") ;;
+	"ctl hosts rm") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --domain --owner" -- "$cur") ;;
+	"ctl flows") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --proto" -- "$cur") ;;
+	"ctl close") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl log") mapfile -t COMPREPLY < <(compgen -W "error warning info debug -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl events") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --count" -- "$cur") ;;
+	"ctl cancel") mapfile -t COMPREPLY < <(compgen -W "nic1 nic2 -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"completion") mapfile -t COMPREPLY < <(compgen -W "bash zsh -h --help" -- "$cur") ;;
+	"stage") mapfile -t COMPREPLY < <(compgen -W "-h --help" -- "$cur") ;;
+	esac
+}
+complete -F _ringnet ringnet

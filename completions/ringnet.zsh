@@ -1,0 +1,214 @@
+#compdef ringnet
+autoload -U +X bashcompinit && bashcompinit
+# zsh completion for ringnet. Made by `ringnet completion zsh`; do not edit.
+_ringnet_sessions() { ringnet ctl ls --json 2>/dev/null | sed -n 's/^{"session":"\([^"]*\)".*/\1/p'; }
+
+_ringnet() {
+	local cur=${COMP_WORDS[COMP_CWORD]} path="" option="" w i skip=0 rest=0
+	for ((i = 1; i < COMP_CWORD; i++)); do
+		w=${COMP_WORDS[i]}
+		if ((skip)); then
+			skip=0
+			option=""
+			continue
+		fi
+		case "$path|$w" in
+		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--seed" | "run|--impair")
+			skip=1
+			option=$w
+			continue
+			;;
+		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--seed" | "attach|--impair")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl|-s" | "ctl|--session" | "ctl|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl ls|-s" | "ctl ls|--session" | "ctl ls|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl status|-s" | "ctl status|--session" | "ctl status|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl stages|-s" | "ctl stages|--session" | "ctl stages|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl statistics|-s" | "ctl statistics|--session" | "ctl statistics|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward|-s" | "ctl forward|--session" | "ctl forward|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward add|-s" | "ctl forward add|--session" | "ctl forward add|--api-socket" | "ctl forward add|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward ls|-s" | "ctl forward ls|--session" | "ctl forward ls|--api-socket" | "ctl forward ls|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward rm|-s" | "ctl forward rm|--session" | "ctl forward rm|--api-socket" | "ctl forward rm|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl forward replace|-s" | "ctl forward replace|--session" | "ctl forward replace|--api-socket" | "ctl forward replace|--owner" | "ctl forward replace|-t" | "ctl forward replace|--tcp-ports" | "ctl forward replace|-u" | "ctl forward replace|--udp-ports")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts|-s" | "ctl hosts|--session" | "ctl hosts|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts add|-s" | "ctl hosts add|--session" | "ctl hosts add|--api-socket" | "ctl hosts add|--domain" | "ctl hosts add|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts replace|-s" | "ctl hosts replace|--session" | "ctl hosts replace|--api-socket" | "ctl hosts replace|--domain" | "ctl hosts replace|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts ls|-s" | "ctl hosts ls|--session" | "ctl hosts ls|--api-socket" | "ctl hosts ls|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl hosts rm|-s" | "ctl hosts rm|--session" | "ctl hosts rm|--api-socket" | "ctl hosts rm|--domain" | "ctl hosts rm|--owner")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl flows|-s" | "ctl flows|--session" | "ctl flows|--api-socket" | "ctl flows|--proto")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl close|-s" | "ctl close|--session" | "ctl close|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl log|-s" | "ctl log|--session" | "ctl log|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl events|-s" | "ctl events|--session" | "ctl events|--api-socket" | "ctl events|--count")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl cancel|-s" | "ctl cancel|--session" | "ctl cancel|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		esac
+		case "${path:+$path }$w" in
+		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl log" | "ctl events" | "ctl cancel" | "completion" | "stage") path="${path:+$path }$w" ;;
+		"run "[!-]* | "run --") rest=1 ;;
+		esac
+	done
+	COMPREPLY=()
+	if ((rest)); then
+		COMPREPLY=($(compgen -c -f -- "$cur"))
+		return
+	fi
+	if ((skip)); then
+		case "$path|$option" in
+		"run|--config" | "run|-p" | "run|--pcap" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|--resolv-conf" | "run|--lease-file") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"attach|--config" | "attach|-p" | "attach|--pcap" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|--resolv-conf" | "attach|--lease-file") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl|-s" | "ctl|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl ls|-s" | "ctl ls|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl ls|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl status|-s" | "ctl status|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl status|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl stages|-s" | "ctl stages|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl stages|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl statistics|-s" | "ctl statistics|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl statistics|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl forward|-s" | "ctl forward|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl forward|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl forward add|-s" | "ctl forward add|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl forward add|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl forward ls|-s" | "ctl forward ls|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl forward ls|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl forward rm|-s" | "ctl forward rm|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl forward rm|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl forward replace|-s" | "ctl forward replace|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl forward replace|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl hosts|-s" | "ctl hosts|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl hosts|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl hosts add|-s" | "ctl hosts add|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl hosts add|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl hosts replace|-s" | "ctl hosts replace|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl hosts replace|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl hosts ls|-s" | "ctl hosts ls|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl hosts ls|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl hosts rm|-s" | "ctl hosts rm|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl hosts rm|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl flows|-s" | "ctl flows|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl flows|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl flows|--proto") COMPREPLY=($(compgen -W "tcp udp icmp" -- "$cur")) ;;
+		"ctl close|-s" | "ctl close|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl close|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl log|-s" | "ctl log|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl log|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl events|-s" | "ctl events|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl events|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl cancel|-s" | "ctl cancel|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl cancel|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		esac
+		return
+	fi
+	case "$path" in
+	"") COMPREPLY=($(compgen -W "run attach demo ctl completion stage -h --help --version" -- "$cur")) ;;
+	"run") COMPREPLY=($(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --stats -q --quiet -d --debug" -- "$cur")) ;;
+	"attach") COMPREPLY=($(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --stats -q --quiet -d --debug" -- "$cur")) ;;
+	"demo") COMPREPLY=($(compgen -W "" -- "$cur")) ;;
+	"ctl") COMPREPLY=($(compgen -W "ls status stages statistics forward hosts flows close log events cancel -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl ls") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl status") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl stages") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl statistics") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl forward") COMPREPLY=($(compgen -W "add ls rm replace -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl forward add") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json -u --udp --owner" -- "$cur")) ;;
+	"ctl forward ls") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --owner" -- "$cur")) ;;
+	"ctl forward rm") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json -u --udp --owner --close-flows" -- "$cur")) ;;
+	"ctl forward replace") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --owner -t --tcp-ports -u --udp-ports --close-flows" -- "$cur")) ;;
+	"ctl hosts") COMPREPLY=($(compgen -W "add replace ls rm -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl hosts add") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --domain --owner" -- "$cur")) ;;
+	"ctl hosts replace") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --domain --owner" -- "$cur")) ;;
+	"ctl hosts ls") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --owner" -- "$cur")) ;;
+	"ctl hosts rm") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --domain --owner" -- "$cur")) ;;
+	"ctl flows") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --proto" -- "$cur")) ;;
+	"ctl close") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl log") COMPREPLY=($(compgen -W "error warning info debug -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl events") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --count" -- "$cur")) ;;
+	"ctl cancel") COMPREPLY=($(compgen -W "nic1 nic2 -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"completion") COMPREPLY=($(compgen -W "bash zsh -h --help" -- "$cur")) ;;
+	"stage") COMPREPLY=($(compgen -W "-h --help" -- "$cur")) ;;
+	esac
+}
+complete -F _ringnet ringnet

@@ -1,0 +1,431 @@
+"""The control API's words: requests, replies, errors, events. One JSON object a line, both ways, over a Unix socket.
+
+    -> {"v":1,"id":7,"call":"forwards.add","args":{"specs":["8080:80"]}}
+    <- {"id":7,"ok":true,"result":{"added":1}}
+    <- {"id":7,"ok":false,"error":{"code":"failed","text":"..."}}
+    <- {"event":"stage","time":1700000000.0,"stage":"egress","state":"running"}     after `subscribe`
+
+Every call is a Struct here; its fields are the arguments. docs/control-api.md shows each with an example. The server is
+pipeline/control_api.py, the client pipeline/client.py.
+"""
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from pipeline.messages import Level
+
+VERSION = 1  # of this file; a request says which it was written for
+LINE_MAX = 65536  # bytes of a request, without its newline
+ID_MAX = (1 << 63) - 1
+PAGE_MAX = 1000  # entries in one reply of a list
+
+Proto = Literal["tcp", "udp"]
+Owner = Annotated[str, Meta(max_length=128)]
+Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX)]
+Offset = Annotated[int, Meta(ge=0, le=1 << 32)]
+U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
+
+
+class Code(enum.StrEnum):
+    """Why a request was refused."""
+
+    BAD_JSON = "bad-json"  # the line is not one JSON object
+    TOO_LONG = "too-long"  # the line is over LINE_MAX
+    BAD_REQUEST = "bad-request"  # an envelope's field is missing, unknown or of the wrong type
+    BAD_VERSION = "bad-version"
+    UNKNOWN_CALL = "unknown-call"
+    BAD_ARGS = "bad-args"  # an argument is missing, unknown or wrong; the text names it
+    NOT_FOUND = "not-found"  # there is no such forward, name or flow; nothing was changed
+    CONFLICT = "conflict"  # it is there already, or another owner's; nothing was changed
+    FAILED = "failed"  # it could not be done, the text says why; nothing was changed
+    UNSUPPORTED = "unsupported"  # this session has no such thing
+    ENDING = "ending"  # the session is ending
+    BUSY = "busy"  # too many clients; the one that was silent longest is told so and disconnected
+
+
+class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The envelope. `v` and `id` may be left out by hand-written requests."""
+
+    call: str
+    v: int = VERSION
+    id: Annotated[int, Meta(ge=-ID_MAX, le=ID_MAX)] | str | None = None  # comes back in the reply
+    args: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class Error(Struct, frozen=True, kw_only=True):
+    code: str
+    text: str  # one sentence
+
+
+class Reply(Struct, frozen=True, kw_only=True):
+    id: int | str | None
+    ok: bool
+    result: Any = UNSET  # of type Call.result
+    error: Error | UnsetType = UNSET
+
+
+class ApiError(Exception):
+    """A request was refused: `code` is a Code, the text one sentence."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+class Nothing(Struct, frozen=True):
+    """Done; there is nothing to say."""
+
+
+class Changed(Struct, frozen=True, kw_only=True):
+    added: int = 0
+    removed: int = 0
+
+
+class ForwardInfo(Struct, frozen=True, kw_only=True):
+    proto: str
+    host_addr: str  # "" is every address
+    ifname: str  # of the host; "" is every one
+    host_port: int
+    guest_addr: str  # "" is the guest, whatever address it has
+    guest_port: int
+    owner: str
+
+
+class Forwards(Struct, frozen=True, kw_only=True):
+    forwards: list[ForwardInfo]
+    next: int | None  # `start` of the next page, null at the end
+
+
+class HostInfo(Struct, frozen=True, kw_only=True):
+    name: str
+    addresses: list[str]
+    owner: str
+
+
+class DomainInfo(Struct, frozen=True, kw_only=True):
+    domain: str
+    owner: str
+
+
+class Hosts(Struct, frozen=True, kw_only=True):
+    names: list[HostInfo]
+    domains: list[DomainInfo]  # with the first page
+    next: int | None
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    session: str
+    version: int  # of the API
+    pid: int  # the supervisor's
+    socket: str
+    state: str  # "running" or "ending"
+    uptime_s: float
+    address: str  # first lease
+    gateway: str
+    network: str
+    mtu: int
+    link: str
+    interface: str
+    stages: int
+    flows: int  # in use, all protocols
+    flows_max: int
+    forwards: int
+    names: int
+    clients: int  # of the control API, this one included
+
+
+class StageInfo(Struct, frozen=True, kw_only=True):
+    name: str
+    pid: int
+    state: str
+    frames_in: int
+    bytes_in: int
+    frames_out: int
+    bytes_out: int
+    cpu_s: float
+    drops: dict[str, int]  # reason: frames
+
+
+class StageList(Struct, frozen=True, kw_only=True):
+    stages: list[StageInfo]
+
+
+class RingInfo(Struct, frozen=True, kw_only=True):
+    name: str
+    fill: int  # descriptors waiting now
+    total: int  # ever
+
+
+class StatisticsInfo(Struct, frozen=True, kw_only=True):
+    counters: dict[str, dict[str, int]]  # stage: counter: value; zeros left out (docs/metrics.md)
+    rings: list[RingInfo]
+
+
+class FlowInfo(Struct, frozen=True, kw_only=True):
+    flow: str  # "INDEX.GENERATION": names this flow and no later one
+    proto: str
+    state: str
+    guest: str
+    guest_port: int  # icmp: the echo identifier
+    peer: str  # as the guest calls it; "" for a mapping that serves every peer
+    peer_port: int
+    age_s: float
+    idle_s: float
+    up_bytes: int
+    down_bytes: int
+    srtt_us: int
+    retransmits: int
+    parked: int
+
+
+class FlowList(Struct, frozen=True, kw_only=True):
+    flows: list[FlowInfo]
+    next: int | None
+
+
+# --- calls ---------------------------------------------------------------------------------------------------------
+
+
+class Call(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all calls; a subclass's fields are the arguments."""
+
+    call: ClassVar[str] = ""
+    result: ClassVar[type] = Nothing
+
+
+class ForwardsAdd(Call, kw_only=True):
+    """Forward ports of the host to the guest. All, or none and an error."""
+
+    call = "forwards.add"
+    result = Changed
+    specs: Annotated[list[str], Meta(min_length=1, max_length=4096)]  # grammar of --tcp-ports
+    proto: Proto = "tcp"
+    owner: Owner = ""
+
+
+class ForwardsRemove(Call, kw_only=True):
+    """Stop forwarding. All of `specs`, or none and an error; without specs, all that the owner has."""
+
+    call = "forwards.remove"
+    result = Changed
+    specs: Annotated[list[str], Meta(max_length=4096)] = []
+    proto: Proto = "tcp"
+    owner: Owner | None = None  # given: only this owner's may go
+    close_flows: bool = False  # flows that came through them end too
+
+
+class ForwardsReplace(Call, kw_only=True):
+    """Let an owner have exactly these forwards. All or none."""
+
+    call = "forwards.replace"
+    result = Changed
+    owner: Owner
+    tcp: Annotated[list[str], Meta(max_length=4096)] = []
+    udp: Annotated[list[str], Meta(max_length=4096)] = []
+    close_flows: bool = False
+
+
+class ForwardsList(Call, kw_only=True):
+    """What is forwarded, by protocol and port."""
+
+    call = "forwards.list"
+    result = Forwards
+    owner: Owner | None = None
+    start: Offset = 0
+    limit: Limit = PAGE_MAX
+
+
+Names = Annotated[dict[str, list[str]], Meta(max_length=4096)]
+Domains = Annotated[list[str], Meta(max_length=1024)]
+
+
+class HostsAdd(Call, kw_only=True):
+    """Give names addresses; an owner's earlier addresses of a name go. `*.DOMAIN` answers for all below that have no
+    name of their own. `domains`: names below that are not known do not exist, nobody else is asked."""
+
+    call = "hosts.add"
+    result = Changed
+    names: Names = {}
+    domains: Domains = []
+    owner: Owner = ""
+
+
+class HostsRemove(Call, kw_only=True):
+    """Take an owner's names and domains away; with neither given, all it has."""
+
+    call = "hosts.remove"
+    result = Changed
+    names: Annotated[list[str], Meta(max_length=4096)] = []
+    domains: Domains = []
+    owner: Owner = ""
+
+
+class HostsReplace(Call, kw_only=True):
+    """Let an owner have exactly these names and domains. All or none."""
+
+    call = "hosts.replace"
+    result = Changed
+    owner: Owner
+    names: Names = {}
+    domains: Domains = []
+
+
+class HostsList(Call, kw_only=True):
+    """Names answered locally, by name; one entry for each owner of it."""
+
+    call = "hosts.list"
+    result = Hosts
+    owner: Owner | None = None
+    start: Offset = 0
+    limit: Limit = PAGE_MAX
+
+
+class GetStatus(Call, kw_only=True):
+    """The session in a few words."""
+
+    call = "status"
+    result = Status
+
+
+class Stages(Call, kw_only=True):
+    """Each stage: state, frames, drops by reason, CPU."""
+
+    call = "stages"
+    result = StageList
+
+
+class Statistics(Call, kw_only=True):
+    """Every counter that is not zero, and every ring."""
+
+    call = "statistics"
+    result = StatisticsInfo
+
+
+class FlowsList(Call, kw_only=True):
+    """Flows in use."""
+
+    call = "flows.list"
+    result = FlowList
+    proto: Literal["tcp", "udp", "icmp"] | None = None
+    start: Offset = 0
+    limit: Limit = PAGE_MAX
+
+
+class FlowsClose(Call, kw_only=True):
+    """End one flow: a TCP connection is reset on both sides."""
+
+    call = "flows.close"
+    flow: Annotated[str, Meta(pattern=r"^[0-9]{1,10}\.[0-9]{1,10}$")]
+
+
+class Log(Call, kw_only=True):
+    """How much the session says on standard error."""
+
+    call = "log"
+    level: Level
+
+
+class CancelNic(Call, kw_only=True):
+    """End an interface of the guest. NIC1 is the session."""
+
+    call = "cancel"
+    nic: Literal["nic1", "nic2"] = "nic1"
+
+
+EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "flow-refused", "lease-given"]
+
+
+class Subscribe(Call, kw_only=True):
+    """Events from now on, on this connection, between replies. Again: other events. An empty list: none."""
+
+    call = "subscribe"
+    events: list[EventName] | None = None  # null: all
+
+
+EVENTS: tuple[str, ...] = get_args(EventName)
+
+CALLS: dict[str, type[Call]] = {c.call: c for c in (
+    ForwardsAdd, ForwardsRemove, ForwardsReplace, ForwardsList, HostsAdd, HostsRemove, HostsReplace, HostsList,
+    GetStatus, Stages, Statistics, FlowsList, FlowsClose, Log, CancelNic, Subscribe)}
+
+
+# --- events --------------------------------------------------------------------------------------------------------
+
+
+class Event(Struct, frozen=True, kw_only=True, tag_field="event"):
+    time: float = 0.0  # Unix time, s
+
+
+class StageChanged(Event, kw_only=True, tag="stage"):
+    stage: str
+    state: str
+    pid: int
+
+
+class ForwardAdded(Event, kw_only=True, tag="forward-added"):
+    forward: ForwardInfo
+
+
+class ForwardRemoved(Event, kw_only=True, tag="forward-removed"):
+    forward: ForwardInfo
+
+
+class HostsChanged(Event, kw_only=True, tag="hosts-changed"):
+    owner: str
+    added: int
+    removed: int
+
+
+class FlowRefused(Event, kw_only=True, tag="flow-refused"):
+    proto: str
+    guest: str
+    guest_port: int
+    peer: str
+    peer_port: int
+    reason: str
+
+
+class LeaseGiven(Event, kw_only=True, tag="lease-given"):
+    address: str
+    mac: str
+    hostname: str
+    seconds: int
+
+
+class Lost(Event, kw_only=True, tag="lost"):
+    """So many events are missing here: they came faster than they were read, or than they are told."""
+
+    count: int
+
+
+AnyEvent = StageChanged | ForwardAdded | ForwardRemoved | HostsChanged | FlowRefused | LeaseGiven | Lost
+
+
+def event_name(event: Event) -> str:
+    return str(event.__struct_config__.tag)
+
+
+# --- slirp4netns ---------------------------------------------------------------------------------------------------
+
+
+class SlirpArguments(Struct, frozen=True, kw_only=True):
+    """Arguments of slirp4netns's three requests (slirp4netns(1), API). Fields it does not know it ignores."""
+
+    proto: str = ""
+    host_addr: str = ""
+    host_port: int = 0
+    guest_addr: str = ""
+    guest_port: int = 0
+    id: int = 0
+
+
+class SlirpRequest(Struct, frozen=True, kw_only=True):
+    execute: str
+    arguments: SlirpArguments = SlirpArguments()

@@ -1,0 +1,302 @@
+"""`ringnet ctl`: look at a running session and change it, through its control API (docs/control-api.md).
+
+Prints for people, or with --json the API's own results. Exit 0: done; 1: refused, or there is no such session, one line
+says why; 2: wrong usage.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+import msgspec
+
+from pipeline import api, session_dir
+from pipeline.api import ApiError
+from pipeline.client import Client, ClientError, find
+from pipeline.messages import Exit, Level
+from pipeline.text import duration, size, table
+
+EPILOG = "exit status: 0 done; 1 refused, or no such session; 2 usage"
+
+
+class CtlUsage(Exception):
+    """One line about the command line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise CtlUsage(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def parser() -> Parser:
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("-s", "--session", metavar="NAME", help="which session ($RINGNET_SESSION; else the only one)")
+    common.add_argument("--api-socket", metavar="PATH", help="the session's control socket, instead of its name")
+    common.add_argument("--json", action="store_true", help="print the API's result, one JSON object a line")
+    top = Parser(prog="ringnet ctl", allow_abbrev=False, parents=[common], epilog=EPILOG,
+                 description="Look at a running session and change it.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(where: Any, name: str, does: Callable[..., Any], text: str) -> argparse.ArgumentParser:
+        p: argparse.ArgumentParser = where.add_parser(name, allow_abbrev=False, parents=[common], help=text,
+                                                      description=text[:1].upper() + text[1:] + ".")
+        p.set_defaults(does=does)
+        return p
+
+    def group(name: str, text: str) -> Any:
+        return commands.add_parser(name, allow_abbrev=False, parents=[common], help=text).add_subparsers(
+            dest="verb", metavar="VERB", required=True)
+
+    add(commands, "ls", ls, "the sessions that run")
+    add(commands, "status", status, "the session in a few words")
+    add(commands, "stages", stages, "each stage: state, frames, drops by reason, CPU")
+    add(commands, "statistics", statistics, "every counter that is not zero, and every ring")
+
+    forward = group("forward", "ports of the host that lead to the guest")
+    p = add(forward, "add", forward_add, "forward ports; all, or none")
+    p.add_argument("spec", nargs="+", metavar="SPEC", help="like 8080:80 (docs/forwards.md)")
+    _udp_owner(p)
+    p = add(forward, "ls", forward_ls, "what is forwarded")
+    p.add_argument("--owner", help="only what this owner added")
+    p = add(forward, "rm", forward_rm, "stop forwarding; without SPEC all that the owner has")
+    p.add_argument("spec", nargs="*", metavar="SPEC")
+    p.add_argument("-u", "--udp", action="store_true", help="UDP ports, not TCP")
+    p.add_argument("--owner", help="only what this owner added")
+    p.add_argument("--close-flows", action="store_true", help="end the connections that came through them too")
+    p = add(forward, "replace", forward_replace, "let an owner have exactly these forwards; all, or none")
+    p.add_argument("--owner", required=True)
+    p.add_argument("-t", "--tcp-ports", action="append", default=[], metavar="SPEC", help="may be repeated")
+    p.add_argument("-u", "--udp-ports", action="append", default=[], metavar="SPEC", help="may be repeated")
+    p.add_argument("--close-flows", action="store_true", help="end the connections that came through those that go")
+
+    hosts = group("hosts", "names that are answered locally")
+    for name, does, text in (("add", hosts_add, "give names addresses"),
+                             ("replace", hosts_replace, "let an owner have exactly these names and domains")):
+        p = add(hosts, name, does, text)
+        p.add_argument("name", nargs="*", metavar="NAME=IP[,IP...]", help="*.DOMAIN=IP: what has no name of its own")
+        p.add_argument("--domain", action="append", default=[], help="below it unknown names do not exist")
+        p.add_argument("--owner", default="", required=name == "replace", help="who they belong to")
+    p = add(hosts, "ls", hosts_ls, "names, their addresses and owners")
+    p.add_argument("--owner", help="only this owner's")
+    p = add(hosts, "rm", hosts_rm, "take names away; without any, all that the owner has")
+    p.add_argument("name", nargs="*", metavar="NAME")
+    p.add_argument("--domain", action="append", default=[], help="an owned domain; may be repeated")
+    p.add_argument("--owner", default="", help="who they belong to")
+
+    p = add(commands, "flows", flows, "connections and mappings in use")
+    p.add_argument("--proto", choices=["tcp", "udp", "icmp"])
+    p = add(commands, "close", close, "end one flow; a TCP connection is reset on both sides")
+    p.add_argument("flow", metavar="FLOW", help="as `flows` names it, like 12.3")
+    p = add(commands, "log", log, "how much the session says on standard error")
+    p.add_argument("level", choices=get_args(Level))
+    p = add(commands, "events", events, "what happens, as it happens")
+    p.add_argument("event", nargs="*", metavar="EVENT", help=f"only these: {', '.join(api.EVENTS)}")
+    p.add_argument("--count", type=int, default=0, metavar="N", help="end after so many")
+    p = add(commands, "cancel", cancel, "end an interface of the guest; nic1 is the session")
+    p.add_argument("nic", nargs="?", default="nic1", choices=["nic1", "nic2"])
+    return top
+
+
+def _udp_owner(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-u", "--udp", action="store_true", help="UDP ports, not TCP")
+    p.add_argument("--owner", default="", help="tag, to be removed or replaced by")
+
+
+class Output:
+    """Where results go: as JSON, or as text made of them."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def show(self, result: Any, text: str | None) -> None:
+        """text: None or "" prints nothing."""
+        if self.as_json:
+            text = msgspec.json.encode(result).decode()
+        if text:
+            print(text, flush=True)
+
+
+# --- commands: (client, arguments, output) ---
+
+
+def ls(args: argparse.Namespace, out: Output) -> None:
+    found = []
+    for name, path in session_dir.sessions().items():
+        try:
+            with Client(path, timeout=5) as client:
+                found.append(client.call(api.GetStatus()))
+        except (ClientError, ApiError) as e:
+            print(f"ringnet ctl: session {name}: {e}", file=sys.stderr)
+    if out.as_json:
+        for s in found:
+            out.show(s, None)
+        return
+    rows = [[s.session, str(s.pid), s.address, str(s.mtu), duration(s.uptime_s), str(s.flows), str(s.forwards),
+             s.socket] for s in found]
+    out.show(None, table(["session", "pid", "guest", "MTU", "up", "flows", "forwards", "socket"], rows,
+                         frozenset({0, 2, 7})) if rows else "no session runs")
+
+
+def status(client: Client, args: argparse.Namespace, out: Output) -> None:
+    s = client.call(api.GetStatus())
+    out.show(s, "\n".join([
+        f"session    {s.session} ({s.state}), supervisor's pid {s.pid}, up {duration(s.uptime_s)}",
+        f"socket     {s.socket}",
+        f"guest      {s.address} in {s.network}, gateway {s.gateway}, MTU {s.mtu}, {s.link} {s.interface}",
+        f"stages     {s.stages} running",
+        f"flows      {s.flows} of {s.flows_max}",
+        f"forwards   {s.forwards}",
+        f"names      {s.names}"]))
+
+
+def stages(client: Client, args: argparse.Namespace, out: Output) -> None:
+    found = client.call(api.Stages())
+    rows = []
+    for f in found.stages:
+        drops = ", ".join(f"{reason} {n}" for reason, n in sorted(f.drops.items(), key=lambda d: -d[1])) or "none"
+        rows.append([f.name, f.state, str(f.pid), str(f.frames_in), size(f.bytes_in), str(f.frames_out),
+                     size(f.bytes_out), f"{f.cpu_s:.2f} s", drops])
+    out.show(found, table(["stage", "state", "pid", "frames in", "bytes in", "frames out", "bytes out", "CPU",
+                           "drops by reason"], rows, frozenset({0, 1, 8})))
+
+
+def statistics(client: Client, args: argparse.Namespace, out: Output) -> None:
+    found = client.call(api.Statistics())
+    rows = [[stage, name, str(value)] for stage, counters in found.counters.items() for name, value in counters.items()]
+    rings = [[r.name, str(r.fill), str(r.total)] for r in found.rings]
+    out.show(found, table(["stage", "counter", "value"], rows, frozenset({0, 1})) + "\n\n"
+             + table(["ring", "waiting", "ever"], rings))
+
+
+def _done(out: Output, changed: api.Changed, one: str, many: str) -> None:
+    said = [f"{n} {one if n == 1 else many} {verb}" for n, verb in ((changed.added, "added"),
+                                                                        (changed.removed, "removed")) if n]
+    out.show(changed, ", ".join(said) or "nothing changed")
+
+
+def forward_add(client: Client, args: argparse.Namespace, out: Output) -> None:
+    _done(out, client.call(api.ForwardsAdd(specs=args.spec, proto="udp" if args.udp else "tcp", owner=args.owner)),
+          "forward", "forwards")
+
+
+def forward_ls(client: Client, args: argparse.Namespace, out: Output) -> None:
+    found = [f for page in client.pages(api.ForwardsList(owner=args.owner)) for f in page.forwards]
+    rows = [[f.proto, f"{f.host_addr or '*'}{'%' + f.ifname if f.ifname else ''}:{f.host_port}",
+             f"{f.guest_addr or 'guest'}:{f.guest_port}", f.owner] for f in found]
+    out.show(api.Forwards(forwards=found, next=None), table(["proto", "host", "guest", "owner"], rows,
+                                                            frozenset({0, 1, 2, 3})) if rows else "no forwards")
+
+
+def forward_rm(client: Client, args: argparse.Namespace, out: Output) -> None:
+    if not args.spec and args.owner is None:
+        raise CtlUsage("ringnet ctl forward rm: name ports, or --owner for all of its")
+    if not args.spec and args.udp:
+        raise CtlUsage("ringnet ctl forward rm: --udp says what the SPECs are; there is none")
+    _done(out, client.call(api.ForwardsRemove(specs=args.spec, proto="udp" if args.udp else "tcp", owner=args.owner,
+                                              close_flows=args.close_flows)), "forward", "forwards")
+
+
+def forward_replace(client: Client, args: argparse.Namespace, out: Output) -> None:
+    _done(out, client.call(api.ForwardsReplace(owner=args.owner, tcp=args.tcp_ports, udp=args.udp_ports,
+                                               close_flows=args.close_flows)), "forward", "forwards")
+
+
+def _names(pairs: list[str]) -> dict[str, list[str]]:
+    """Raises CtlUsage."""
+    names: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, equals, addresses = pair.partition("=")
+        if not (name and equals and addresses):
+            raise CtlUsage(f"ringnet ctl hosts: {pair}: expected NAME=IP, like db.internal=192.0.2.7")
+        names.setdefault(name, []).extend(addresses.split(","))
+    return names
+
+
+def hosts_add(client: Client, args: argparse.Namespace, out: Output) -> None:
+    if not args.name and not args.domain:
+        raise CtlUsage("ringnet ctl hosts add: name something: NAME=IP, or --domain")
+    _done(out, client.call(api.HostsAdd(names=_names(args.name), domains=args.domain, owner=args.owner)),
+          "entry", "entries")
+
+
+def hosts_replace(client: Client, args: argparse.Namespace, out: Output) -> None:
+    _done(out, client.call(api.HostsReplace(names=_names(args.name), domains=args.domain, owner=args.owner)),
+          "entry", "entries")
+
+
+def hosts_ls(client: Client, args: argparse.Namespace, out: Output) -> None:
+    pages = list(client.pages(api.HostsList(owner=args.owner)))
+    names, domains = [n for page in pages for n in page.names], pages[0].domains
+    rows = [[n.name, ", ".join(n.addresses), n.owner] for n in names]
+    rows += [[d.domain, "(no names but these)", d.owner] for d in domains]
+    out.show(api.Hosts(names=names, domains=domains, next=None),
+             table(["name", "addresses", "owner"], rows, frozenset({0, 1, 2})) if rows else "no names")
+
+
+def hosts_rm(client: Client, args: argparse.Namespace, out: Output) -> None:
+    _done(out, client.call(api.HostsRemove(names=args.name, domains=args.domain, owner=args.owner)),
+          "entry", "entries")
+
+
+def flows(client: Client, args: argparse.Namespace, out: Output) -> None:
+    found = [f for page in client.pages(api.FlowsList(proto=args.proto)) for f in page.flows]
+    rows = [[f.flow, f.proto, f.state, f"{f.guest}:{f.guest_port}", f"{f.peer}:{f.peer_port}" if f.peer else "*",
+             size(f.up_bytes), size(f.down_bytes), duration(f.age_s), duration(f.idle_s)] for f in found]
+    out.show(api.FlowList(flows=found, next=None), table(
+        ["flow", "proto", "state", "guest", "peer", "up", "down", "age", "idle"], rows, frozenset({0, 1, 2, 3, 4}))
+        if rows else "no flows")
+
+
+def close(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.FlowsClose(flow=args.flow)), None)
+
+
+def log(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.Log(level=args.level)), None)
+
+
+def cancel(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.CancelNic(nic=args.nic)), None)
+
+
+def events(client: Client, args: argparse.Namespace, out: Output) -> None:
+    if unknown := [e for e in args.event if e not in api.EVENTS]:
+        raise CtlUsage(f"ringnet ctl events: {unknown[0]}: no such event; there are {', '.join(api.EVENTS)}")
+    client.call(api.Subscribe(events=args.event or None))
+    for seen, event in enumerate(client.events(), 1):
+        fields = " ".join(f"{k}={_flat(v)}" for k, v in msgspec.to_builtins(event).items()
+                          if k not in ("event", "time"))
+        out.show(event, f"{api.event_name(event)} {fields}")
+        if seen == args.count:
+            return
+
+
+def _flat(value: Any) -> str:
+    return ",".join(f"{k}={v}" for k, v in value.items() if v != "") if isinstance(value, dict) else str(value)
+
+
+def main(argv: list[str]) -> int:
+    """argv: what follows `ringnet ctl`. Returns the exit code."""
+    try:
+        args = parser().parse_args(argv)
+        out = Output(getattr(args, "json", False))
+        if args.command == "ls":
+            ls(args, out)
+            return int(Exit.OK)
+        with Client(getattr(args, "api_socket", "") or find(getattr(args, "session", ""))) as client:
+            args.does(client, args, out)
+    except CtlUsage as e:
+        print(e, file=sys.stderr)
+        return int(Exit.USAGE)
+    except (ClientError, ApiError) as e:
+        code = 2 if isinstance(e, ApiError) and e.code == api.Code.BAD_ARGS else 1
+        print(f"ringnet ctl: {e}", file=sys.stderr)
+        return code
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads us: no second complaint at exit
+        return int(Exit.RUNTIME)
+    except KeyboardInterrupt:
+        return 130
+    return int(Exit.OK)

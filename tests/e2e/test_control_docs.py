@@ -1,0 +1,160 @@
+"""docs/control-api.md does what it says: every command and every request in it is run, in its order, on one session."""
+from __future__ import annotations
+
+import json
+import re
+import select
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from netlab import DEADLINE, REPO, Netns, run_env
+
+from pipeline import api
+
+pytestmark = pytest.mark.netns
+
+DOCUMENT = REPO / "docs" / "control-api.md"
+LOOSE = {"status", "stages", "statistics", "flows.list"}  # calls whose example values are examples: types are compared
+
+
+def blocks() -> list[tuple[str, list[str]]]:
+    return [(kind, body.splitlines()) for kind, body in re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT.read_text(),
+                                                                   re.M | re.S)]
+
+
+class Shell:
+    """One bash on the host side for the whole document; `ringnet` is this checkout's."""
+
+    def __init__(self, host: Netns, tmp: Path) -> None:
+        (tmp / "bin").mkdir()
+        (tmp / "run").mkdir(mode=0o700)
+        wrapper = tmp / "bin" / "ringnet"
+        wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m pipeline "$@"\n')
+        wrapper.chmod(0o755)
+        self.errors = tmp / "stderr"
+        env = run_env(RINGNET_RUNTIME_DIR=str(tmp / "run"), PYTHONUNBUFFERED="1")
+        env["PATH"] = f"{tmp / 'bin'}:{env['PATH']}"
+        self.served = tmp / "served"
+        with open(self.errors, "wb") as errors:
+            self.bash = subprocess.Popen(host.argv("bash"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=errors, env=env, start_new_session=True)
+
+    def run(self, command: str, *, ok: bool = True) -> str:
+        assert self.bash.stdin and self.bash.stdout
+        self.bash.stdin.write(f"{command}\necho \"<$?>\"\n".encode())
+        self.bash.stdin.flush()
+        out = b""
+        while not (end := re.search(rb"(?:^|\n)<(\d+)>\n$", out)):
+            ready, _, _ = select.select([self.bash.stdout], [], [], DEADLINE)
+            assert ready, f"{command}: no end; {out!r} {self.errors.read_text()}"
+            data = self.bash.stdout.read1(65536)  # type: ignore[attr-defined]
+            assert data, f"bash ended: {self.errors.read_text()}"
+            out += data
+        assert not ok or end[1] == b"0", f"{command}: {end[1]!r}\n{out!r}\n{self.errors.read_text()}"
+        return out[:end.start()].decode().strip("\n")
+
+    def jobs(self) -> int:
+        return int(self.run("jobs -r | wc -l"))
+
+
+def same_shape(wanted: Any, got: Any) -> bool:
+    if isinstance(wanted, dict):
+        free = wanted and all(isinstance(v, (int, dict)) for v in wanted.values())  # counters by name
+        return isinstance(got, dict) and (free or not wanted or wanted.keys() == got.keys()) and all(
+            same_shape(v, got[k]) for k, v in wanted.items() if k in got)
+    if isinstance(wanted, list):
+        return isinstance(got, list) and len(got) >= len(wanted) and all(same_shape(wanted[0], g) for g in got)
+    if isinstance(wanted, float):
+        return isinstance(got, (int, float))
+    return type(wanted) is type(got)
+
+
+def check_reply(call: str, wanted: dict, got: dict) -> None:
+    if text := wanted.get("error", {}).get("text", ""):
+        if text.endswith("..."):
+            assert got["error"]["text"].startswith(text[:-3]), got
+            got["error"]["text"] = text
+    if "event" in wanted:
+        got["time"] = wanted["time"]
+    if call in LOOSE and wanted.get("ok"):
+        assert wanted["id"] == got["id"] and got["ok"] and same_shape(wanted["result"], got["result"]), (wanted, got)
+    else:
+        assert got == wanted
+
+
+def test_the_document(host_ns: Netns, tmp_path: Path) -> None:
+    shell = Shell(host_ns, tmp_path)
+    ran, called = 0, set()
+    held: list[socket.socket] = []
+    try:
+        for kind, lines in blocks():
+            if kind == "json":
+                with socket.socket(socket.AF_UNIX) as peer:
+                    peer.settimeout(DEADLINE)
+                    peer.connect(str(tmp_path / "run" / "web.sock"))
+                    replies, call = peer.makefile(), ""
+                    for line in lines:
+                        if line.startswith("-> "):
+                            peer.sendall(line[3:].encode() + b"\n")
+                            call = json.loads(line[3:])["call"] if line.startswith("-> {") else ""
+                            called.add(call)
+                        else:
+                            assert line.startswith("<- "), line
+                            check_reply(call, json.loads(line[3:]), json.loads(replies.readline()))
+                            ran += 1
+                continue
+            assert kind == "console", kind
+            commands = [(m[1], m[2].splitlines()) for m in re.finditer(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)",
+                                                                       "\n".join(lines) + "\n", re.M)]
+            assert commands, lines
+            for command, output in commands:
+                ran += 1
+                if command.startswith("ringnet run "):
+                    shell.run(f"{command.removesuffix('&')} > {shell.served} 2>&1 &")
+                    wait_for_text(shell, "Serving HTTP")
+                    continue
+                said = shell.run(command)
+                if output:
+                    assert said.splitlines() == output, command
+                if command.startswith("ringnet ctl events") and command.endswith("&"):
+                    while shell.jobs() > 1:  # the session's stays; the events' end once something happened
+                        shell.run("ringnet ctl forward add 7777 --owner probe; ringnet ctl forward rm --owner probe")
+                if command.endswith("forward add 8080:80"):  # two flows: 0.1 and 1.1
+                    for _ in range(2):
+                        held.append(connection := host_ns.socket())
+                        connection.connect(("127.0.0.1", 8080))
+                    while json.loads(shell.run("ringnet ctl flows --json --proto tcp"))["flows"][1:] == []:
+                        pass
+        shell.run("wait", ok=False)
+        assert "cancelled through the control API" in shell.served.read_text()
+        assert list((tmp_path / "run").iterdir()) == []
+    finally:
+        for connection in held:
+            connection.close()
+        if shell.bash.stdin:
+            shell.bash.stdin.write(b"kill $(jobs -p) 2>/dev/null; wait; exit\n")
+            shell.bash.stdin.close()
+        shell.bash.wait(DEADLINE)
+        shell.bash.stdout.close()  # type: ignore[union-attr]
+    assert ran > 60
+    assert set(api.CALLS) - {"cancel"} <= called
+
+
+def wait_for_text(shell: Shell, text: str) -> None:
+    """The guest's command says so in its output once it can be connected to.
+    """
+    shell.run(f"timeout {DEADLINE:.0f} sh -c \"until grep -q '{text}' {shell.served}; do sleep 0.1; done\"")
+
+
+def test_every_call_event_and_code_is_documented() -> None:
+    text = DOCUMENT.read_text()
+    for call in api.CALLS:
+        assert f'"call": "{call}"' in text, call
+    for event in (*api.EVENTS, "lost"):
+        assert f"`{event}`" in text, event
+    for code in api.Code:
+        assert f"| `{code}` |" in text, code

@@ -1,0 +1,41 @@
+"""The data plane under AddressSanitizer and UBSan: a part of the suite in CI, more of it with RINGNET_LONG=1."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sanitize import sanitized
+
+LONG = bool(os.environ.get("RINGNET_LONG"))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sanitize")
+    sanitized.prepare(path)
+    return path
+
+
+@pytest.mark.xdist_group("sanitize")
+@pytest.mark.timeout(3600 if LONG else 400)
+def test_the_suite_passes_without_a_report(tree: Path) -> None:
+    status, text, reports = sanitized.run(tree, "-n", "0", *(sanitized.LONG if LONG else sanitized.SHORT))
+    assert reports == [], reports[0][:6000]
+    assert status == 0, text[-6000:]
+
+
+@pytest.mark.xdist_group("sanitize")
+def test_a_read_past_the_end_is_reported(tree: Path) -> None:
+    """The test of the harness: the loaded build is the instrumented one, and a report is found where it is looked for."""
+    reports = tree / "proof"
+    reports.mkdir()
+    code = "from shm._dataplane import ffi, lib; lib.rn_csum_plain(ffi.new('uint8_t[]', 1001), 1002)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=sanitized.environment(reports), capture_output=True,
+                          text=True, timeout=100)
+    assert done.returncode != 0
+    (report,) = reports.iterdir()
+    assert "heap-buffer-overflow" in report.read_text() and "rn_csum_plain" in report.read_text()
