@@ -430,13 +430,14 @@ def test_an_association_ends_with_its_connection_and_the_next_datagram_makes_ano
         guest.send_udp(port, 4242, b"one", TARGET)
         while guest.counters()["udp_up"] == 0:
             guest.step(0.05)
+        assert server.recvfrom(10)[0] == b"one"  # through the relay before the association ends
         proxy.controls[0].shutdown(socket.SHUT_RDWR)
         while guest.flows():
             guest.step(0.05)
         guest.send_udp(port, 4242, b"two", TARGET)
         while guest.counters()["udp_up"] == 1:
             guest.step(0.05)
-        assert server.recvfrom(10)[0] == b"one" and server.recvfrom(10)[0] == b"two"
+        assert server.recvfrom(10)[0] == b"two"
         assert guest.counters()["proxy_udp"] == 2
 
 
