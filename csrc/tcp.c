@@ -529,6 +529,48 @@ static int new_ack(struct egress *e, uint32_t i, uint32_t ack)
 	return 0;
 }
 
+/* An ACK that lets the guest show that a segment was its own (RFC 5961 3.2, 4.2, 5.2). Limited (RFC 5961 7) so that two
+ * stacks that disagree do not answer each other without end; by flow, as a limit that all share tells a stranger who else
+ * is being challenged. */
+static void challenge(struct egress *e, uint32_t i)
+{
+	struct tcp_flow *x = &e->tcp->flow[i];
+
+	if (!x->challenges || e->s->now - x->challenge_ns >= TCP_CHALLENGE_NS) {
+		x->challenge_ns = e->s->now;
+		x->challenges = 0;
+	}
+	if (x->challenges >= TCP_CHALLENGES) {
+		e->s->c[RN_C_tcp_challenges_limited]++;
+		return;
+	}
+	x->challenges++;
+	e->s->c[RN_C_tcp_challenge_acks]++;
+	eg_work(e, i, W_ACK);
+}
+
+/* A segment behind a hole is answered with an ACK of its own, at once (RFC 5681 4.2): the guest counts them, and resends
+ * at the third. What came in order before it is handed on first, so that the number is the one it repeats. If there is no
+ * room the ACK waits, and may then stand for several. Return: 0, or -1 if the host side broke. */
+static int early_ack(struct egress *e, uint32_t i)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+
+	if (p->work & W_UP) {
+		p->work &= ~(uint32_t)W_UP;
+		if (tcp_up_flush(e, i))
+			return -1;
+	}
+	if (!(f->up.fin & RN_FIN_SEEN))
+		tcp_update_window(e, i);
+	if (tcp_send_ack(e, i, ack_seq(f)))
+		eg_work(e, i, W_ACK);
+	else
+		p->work &= ~(uint32_t)W_ACK;
+	return 0;
+}
+
 /* Guest's RST in the window (RFC 5961 3.2). Return 1: the flow is gone. */
 static int got_rst(struct egress *e, uint32_t i, const struct seg *sg)
 {
@@ -540,10 +582,8 @@ static int got_rst(struct egress *e, uint32_t i, const struct seg *sg)
 		tcp_gone(e, i);
 		return 1;
 	}
-	if (SEQ_GT(sg->seq, f->up.rcv_nxt) && SEQ_LT(sg->seq, f->up.rcv_adv)) {
-		e->s->c[RN_C_tcp_challenge_acks]++;
-		eg_work(e, i, W_ACK);
-	}
+	if (SEQ_GT(sg->seq, f->up.rcv_nxt) && SEQ_LT(sg->seq, f->up.rcv_adv))
+		challenge(e, i);
 	return 0;
 }
 
@@ -568,8 +608,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	}
 	/* Fourth, SYN: a challenge ACK whatever its number (RFC 5961 4.2). */
 	if (sg->flags & RN_TH_SYN) {
-		e->s->c[RN_C_tcp_challenge_acks]++;
-		eg_work(e, i, W_ACK);
+		challenge(e, i);
 		return;
 	}
 	if (!(sg->flags & RN_TH_ACK))
@@ -592,7 +631,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	/* Fifth, ACK. */
 	if (SEQ_GT(sg->ack, f->down.snd_max) || SEQ_LT(sg->ack, f->down.snd_una - e->tcp->flow[i].wnd_max)) {
 		e->s->c[RN_C_drop_tcp_bad_ack]++;
-		eg_work(e, i, W_ACK);
+		challenge(e, i);
 		return;
 	}
 	uint32_t scaled = sg->wnd << f->down.wscale;
@@ -653,6 +692,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	if (keep_data && (sg->len || fin)) {
 		uint32_t seq = sg->seq, len = sg->len;
 		const uint8_t *data = sg->data;
+		int early = 0; /* behind a hole, and ACKed */
 
 		if (f->up.fin & RN_FIN_SEEN) {
 			eg_work(e, i, W_ACK); /* text behind its own FIN: RFC 9293 says it does not occur */
@@ -680,17 +720,17 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 		if ((p->flags & F_FIN_IN) && SEQ_GT(seq + len, e->tcp->flow[i].fin_in))
 			len = SEQ_LT(seq, e->tcp->flow[i].fin_in) ? e->tcp->flow[i].fin_in - seq : 0;
 		if (len) {
+			early = SEQ_GT(seq, tcp_up_edge(e, i));
 			f->up.packets++;
-			if (SEQ_GT(seq, f->up.rcv_nxt))
-				eg_work(e, i, W_ACK); /* a hole: duplicate ACK at once (RFC 5681 4.2) */
-			if (tcp_park(e, i, fr, seq, data, len)) {
-				if (!(p->flags & F_BLOCKED))
-					eg_work(e, i, W_UP);
-			} else {
-				eg_work(e, i, W_ACK);
-			}
+			if (!tcp_park(e, i, fr, seq, data, len) ||
+			    (SEQ_GT(seq, f->up.rcv_nxt) && (p->flags & F_BLOCKED)))
+				eg_work(e, i, W_ACK); /* refused, or here but not taken yet */
+			else if (!early && !(p->flags & F_BLOCKED))
+				eg_work(e, i, W_UP);
+			if (early && early_ack(e, i))
+				return;
 		}
-		if (fin || (p->flags & F_FIN_IN))
+		if ((fin || (p->flags & F_FIN_IN)) && !early)
 			eg_work(e, i, p->flags & F_BLOCKED ? W_ACK : W_UP | W_ACK);
 	}
 	tcp_maybe_closed(e, i);
@@ -752,8 +792,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 				tcp_abort_host(e, i);
 				tcp_gone(e, i);
 			} else if (SEQ_GT(sg.seq, f->up.rcv_nxt) && SEQ_LT(sg.seq, f->up.rcv_adv)) {
-				e->s->c[RN_C_tcp_challenge_acks]++; /* no window before our SYN-ACK, so none in CONNECTING */
-				eg_work(e, i, W_ACK);
+				challenge(e, i); /* no window before our SYN-ACK, so none in CONNECTING */
 			}
 			return;
 		}

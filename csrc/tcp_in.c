@@ -266,7 +266,7 @@ void tcp_in_segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	set_state(f, RN_FL_ESTABLISHED);
 	e->s->c[RN_C_tcp_established]++;
 	f->up.irs = sg->seq;
-	f->up.rcv_nxt = sg->seq + 1;
+	f->up.rcv_nxt = e->tcp->flow[i].edge = sg->seq + 1;
 	f->up.rcv_adv = f->up.rcv_nxt + 65535; /* what the SYN said */
 	f->down.mss = tcp_clamp_mss(e, sg->mss);
 	if (sg->wscale >= 0) { /* both must have sent it (RFC 7323 2.2) */

@@ -33,6 +33,8 @@
 #define TCP_KEEPALIVE_NS (7200ull * 1000000000ull) /* RFC 9293 3.8.4 */
 #define TCP_KEEPALIVE_INTERVAL_NS (75ull * 1000000000ull)
 #define TCP_KEEPALIVE_PROBES 9u
+#define TCP_CHALLENGES 10u /* of these, at most, to one flow in TCP_CHALLENGE_NS (RFC 5961 7 names both figures) */
+#define TCP_CHALLENGE_NS 5000000000ull
 #define TCP_SCRATCH 65536u
 #define TCP_EVENTS (EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 
@@ -94,6 +96,7 @@ struct tcp_flow { /* what only the TCP files need of a flow */
 	uint32_t cwnd;	  /* bytes; counts only with F_SLOW */
 	uint32_t wnd_max; /* largest window the guest offered (RFC 9293 3.8.6.2.1) */
 	uint32_t sack_last; /* start of the early segment that came last */
+	uint32_t edge;	    /* parked data has no hole from up.rcv_nxt to here; tcp_up_edge() */
 	uint32_t rxt_nxt;   /* fast recovery: holes before this were sent again */
 	struct tcp_range *sacked; /* TCP_SACK_RANGES, made at the first block; above snd_una, sorted, apart */
 	uint32_t sack_high; /* highest sequence number the guest said it holds */
@@ -101,6 +104,8 @@ struct tcp_flow { /* what only the TCP files need of a flow */
 	uint8_t nsacked;
 	uint8_t rounds; /* since snd_una moved */
 	uint8_t mac_heard[6]; /* source of the last segment */
+	uint8_t challenges;   /* sent since challenge_ns */
+	uint64_t challenge_ns;
 	int32_t error;	  /* errno of a failed connect */
 };
 
@@ -165,6 +170,7 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 void tcp_park_drop(struct egress *e, uint32_t i);
 int tcp_up_flush(struct egress *e, uint32_t i);
 int tcp_update_window(struct egress *e, uint32_t i);
+uint32_t tcp_up_edge(struct egress *e, uint32_t i);
 
 /* tcp_down.c */
 int tcp_discard(struct egress *e, uint32_t i, uint32_t n);

@@ -179,7 +179,7 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 	p->rto_at = p->ack_at = UINT64_MAX;
 	p->life_at = UINT64_MAX;
 	f->up.irs = sg->seq;
-	f->up.rcv_nxt = sg->seq + 1;
+	f->up.rcv_nxt = e->tcp->flow[i].edge = sg->seq + 1;
 	f->up.rcv_adv = f->up.rcv_nxt;
 	f->up.fin = f->down.fin = 0;
 	f->up.parked = 0;

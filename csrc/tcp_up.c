@@ -52,6 +52,25 @@ void tcp_park_drop(struct egress *e, uint32_t i)
 	}
 }
 
+/* End of what can go to send() without a hole: rcv_nxt, or behind it as far as parked segments touch. */
+uint32_t tcp_up_edge(struct egress *e, uint32_t i)
+{
+	uint32_t nxt = eg_flow(e, i)->up.rcv_nxt, edge = e->tcp->flow[i].edge;
+
+	return SEQ_GT(edge, nxt) ? edge : nxt;
+}
+
+/* @n was put in its place: does it, or what lies behind it now, move the edge? */
+static void edge_moves(struct egress *e, uint32_t i, const struct eg_parked *n)
+{
+	uint32_t edge = tcp_up_edge(e, i);
+
+	for (; n && SEQ_LE(n->seq, edge); n = n->next)
+		if (SEQ_GT(n->seq + n->len, edge))
+			edge = n->seq + n->len;
+	e->tcp->flow[i].edge = edge;
+}
+
 /* End of a flush: what is left waits for longer than this turn, so it moves out of the arena. What finds no place
  * is dropped: it was not acknowledged, the guest sends it again. */
 static void park_rest(struct egress *e, uint32_t i)
@@ -66,6 +85,8 @@ static void park_rest(struct egress *e, uint32_t i)
 		if (n->buf) {
 			if (node_own(t, n, TCP_PARK_MAX)) {
 				*at = n->next;
+				if (SEQ_LT(n->seq, t->flow[i].edge))
+					t->flow[i].edge = n->seq; /* a hole again */
 				node_free(e, p, eg_flow(e, i), n);
 				e->s->c[RN_C_drop_tcp_park_full]++;
 				continue;
@@ -90,7 +111,7 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 	struct tcp_state *t = e->tcp;
 	struct rn_flow *f = eg_flow(e, i);
 	struct eg_parked **at = &p->parked, *n;
-	int early = SEQ_GT(seq, f->up.rcv_nxt), wait = early || (p->flags & F_BLOCKED);
+	int early = SEQ_GT(seq, tcp_up_edge(e, i)), wait = early || (p->flags & F_BLOCKED);
 
 	while (*at && SEQ_LT((*at)->seq, seq))
 		at = &(*at)->next;
@@ -124,6 +145,8 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 	p->nparked++;
 	if (early)
 		t->flow[i].sack_last = seq;
+	else
+		edge_moves(e, i, n);
 	return 1;
 }
 

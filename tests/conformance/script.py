@@ -20,7 +20,8 @@ fails.
     guest sends FLAGS key=value...           seq= ack= len= win= (as on the wire; stays until changed) urg= mss= wscale=
                                              times=N (consecutive segments), junk (other bytes), corrupt (a wrong
                                              checksum), sack (SYN: permitted), sack=LO:HI,LO:HI (blocks, [LO, HI)),
-                                             opts=HEX (raw options), again (SYN: not the guest's real options)
+                                             opts=HEX (raw options), again (SYN: not the guest's real options),
+                                             together (stage: with those that follow, as one burst)
     guest gets  FLAGS key=value...           the next segment: exactly these of FIN SYN RST ACK; PSH, URG, ECE, CWR if
                                              named. Also <= and >=; window: win scaled; mss, wscale: a number or none;
                                              sack=permitted, none or LO:HI,LO:HI (.. behind it: and others); noopts: no
@@ -283,8 +284,8 @@ class Script:
     # -- segments
 
     def transmit(self, seq: int, ack: int, flags: int, data: bytes = b"", *, win: int | None = None, opts: bytes = b"",
-                 urg: int = 0, corrupt: bool = False) -> None:
-        """One segment out of the guest; numbers relative."""
+                 urg: int = 0, corrupt: bool = False, together: bool = False) -> None:
+        """One segment out of the guest; numbers relative. together: egress does not look yet (stage)."""
         opts += b"\x01" * (-len(opts) % 4)
         win = self.win if win is None else win
         has_ack = bool(flags & FLAGS["ACK"])
@@ -300,7 +301,12 @@ class Script:
             if has_ack:
                 self.guest_edge = max(self.guest_edge, ack + (win << (self.wscale if self.agreed else 0)))
         packet = ipv4(TCP, seg, self.source, GATEWAY, frag=0x4000)
-        self.guest.send(mac_bytes(GATEWAY_MAC) + mac_bytes(self.mac) + b"\x08\x00" + packet)
+        frame = mac_bytes(GATEWAY_MAC) + mac_bytes(self.mac) + b"\x08\x00" + packet
+        if together:
+            assert isinstance(self.guest, EgressOnly), "together: only on the stage"
+            self.guest.put(frame)
+        else:
+            self.guest.send(frame)
 
     def frames(self) -> int:
         """Segments for this connection that lie on the ring or link right now; they are taken and checked."""
@@ -439,13 +445,13 @@ class Script:
             self.mss = 65535  # the rule itself says what is right
             opts += bytes.fromhex(raw)
         urg, times = a.number("urg", 0), a.number("times", 1)
-        junk, corrupt = a.word("junk"), a.word("corrupt")
+        junk, corrupt, together = a.word("junk"), a.word("corrupt"), a.word("together")
         a.done()
         assert seq is not None and ack is not None and length is not None and times is not None and urg is not None
         for k in range(times):
             at = seq + k * length
             data = b"\xAA" * length if junk else stream(_UP, at, length)
-            self.transmit(at, ack, a.flags, data, opts=opts, urg=urg, corrupt=corrupt)
+            self.transmit(at, ack, a.flags, data, opts=opts, urg=urg, corrupt=corrupt, together=together)
 
     def _get(self, a: Args, *, skip: bool) -> None:
         after = a.take("after")
