@@ -40,6 +40,7 @@ struct egress_refusal { /* a flow the guest asked for and did not get */
 	uint16_t guest_port, peer_port;
 	uint8_t proto;
 	int32_t error; /* errno */
+	int32_t rule;  /* of the policy that denies it (policy.h), -1: it was not the policy */
 	uint32_t lost; /* so many before it are not told: over the rate */
 };
 void stage_egress_notices(struct rn_stage *s, int on); /* keep refusals, and return RN_RUN_NOTICE for them */
@@ -118,6 +119,7 @@ struct egress {
 	struct icmp_state *icmp;
 	struct tcp_state *tcp;
 	struct proxy_state *px; /* proxy.c; NULL: everything goes directly */
+	struct policy_state *policy; /* policy.c; NULL: everything is allowed */
 	struct inbound *in;
 	struct eg_backlog *backlog, **backlog_end; /* datagrams for the guest that found no room, oldest first */
 	uint32_t nbacklog;
@@ -180,9 +182,15 @@ void eg_work(struct egress *e, uint32_t i, uint32_t bits);
 uint64_t eg_random(struct egress *e);
 uint64_t eg_siphash(const struct egress *e, const void *data, size_t len); /* SipHash-2-4, session key */
 
-/* Tell whoever watches that the guest did not get this flow; @error an errno. */
-void eg_refused(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
-		uint16_t pport, int error);
+/* Tell whoever watches that there is no such flow; @error an errno, @rule as in struct egress_refusal. */
+void eg_refused_by(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
+		   uint16_t pport, int error, int32_t rule);
+/* The same, where it was not the policy. */
+static inline void eg_refused(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport,
+			      const uint8_t peer[16], uint16_t pport, int error)
+{
+	eg_refused_by(e, proto, guest, gport, peer, pport, error, -1);
+}
 
 /* --- stage_egress.c: output to the guest --- */
 /* The Ethernet header's place in a buffer of eg_out_buf(). */

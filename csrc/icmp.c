@@ -16,6 +16,7 @@
  * least recently used first, when there are 64.
  */
 #include "inbound.h"
+#include "policy.h"
 #include "rn_csum.h"
 
 #include <errno.h>
@@ -217,7 +218,7 @@ void icmp_input(struct egress *e, struct eg_frame *f)
 	uint32_t len = f->l4_hlen + f->payload_len, i;
 	const uint8_t *gdst = f->ip + RN_IP4_DST;
 	uint8_t *m = e->icmp->scratch;
-	uint8_t guest[16], no_peer[16] = { 0 }, mac[6];
+	uint8_t guest[16], peer[16], no_peer[16] = { 0 }, mac[6];
 	struct sockaddr_in dst = { .sin_family = AF_INET };
 	struct iovec iov = { m, len };
 	struct msghdr mh = { .msg_name = &dst, .msg_namelen = sizeof(dst), .msg_iov = &iov, .msg_iovlen = 1 };
@@ -246,7 +247,12 @@ void icmp_input(struct egress *e, struct eg_frame *f)
 	}
 	memcpy(mac, f->eth + 6, 6);
 	rn_addr_from4(guest, f->ip + RN_IP4_SRC);
+	rn_addr_from4(peer, gdst);
 	ident = rn_get16(f->l4 + 4);
+	if (policy_denied_out(e, RN_IPPROTO_ICMP, guest, ident, peer, 0)) {
+		complain(e, f, RN_ICMP_UNREACH, RN_ICMP_UNREACH_ADMIN);
+		return;
+	}
 	i = eg_find(e, RN_IPPROTO_ICMP, guest, ident, no_peer, 0);
 	if (i == EG_NONE)
 		i = new_mapping(e, guest, ident, mac);

@@ -23,6 +23,7 @@
  */
 #include "egress.h"
 #include "inbound.h"
+#include "policy.h"
 #include "proxy.h"
 #include "rn_csum.h"
 
@@ -399,8 +400,8 @@ int stage_egress_refusal(struct rn_stage *s, struct egress_refusal *out)
 	return 1;
 }
 
-void eg_refused(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
-		uint16_t pport, int error)
+void eg_refused_by(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
+		   uint16_t pport, int error, int32_t rule)
 {
 	struct egress_refusal *r;
 
@@ -424,7 +425,8 @@ void eg_refused(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16
 	e->refused_tokens -= EG_NS;
 	r = &e->refused[(e->refused_at + e->nrefused++) % EG_REFUSED];
 	*r = (struct egress_refusal){
-		.guest_port = gport, .peer_port = pport, .proto = proto, .error = error, .lost = e->refused_lost,
+		.guest_port = gport, .peer_port = pport, .proto = proto, .error = error, .rule = rule,
+		.lost = e->refused_lost,
 	};
 	memcpy(r->guest, guest, 16);
 	memcpy(r->peer, peer, 16);
@@ -1038,6 +1040,7 @@ static void egress_free(struct egress *e)
 		free(k);
 	}
 	proxy_fini(e);
+	policy_fini(e);
 	free(e->hash);
 	free(e->priv);
 	free(e);

@@ -13,6 +13,7 @@
  *                                          socket with which the guest called somebody else
  */
 #include "inbound.h"
+#include "policy.h"
 #include "tcp_internal.h"
 
 #include <errno.h>
@@ -47,7 +48,7 @@ static void refuse_client(int fd)
 void tcp_accepted(struct egress *e, uint32_t slot, int fd, const struct sockaddr_in *client)
 {
 	const struct in_listener *l = &e->in->l[slot];
-	uint8_t g4[4], c4[4], p4[4], guest[16], peer[16];
+	uint8_t g4[4], c4[4], p4[4], guest[16], peer[16], from[16];
 	static const uint8_t unknown[6];
 	int one = 1, zero = 0;
 	const uint8_t *mac;
@@ -62,6 +63,11 @@ void tcp_accepted(struct egress *e, uint32_t slot, int fd, const struct sockaddr
 	inbound_peer(e, c4, p4);
 	rn_addr_from4(guest, g4);
 	rn_addr_from4(peer, p4);
+	rn_addr_from4(from, c4);
+	if (policy_denied_in(e, RN_IPPROTO_TCP, guest, l->guest_port, from, ntohs(client->sin_port))) {
+		refuse_client(fd);
+		return;
+	}
 	mac = inbound_mac(e, g4);
 	port = inbound_port(e, RN_IPPROTO_TCP, guest, l->guest_port, peer, ntohs(client->sin_port));
 	if (port)

@@ -1,5 +1,6 @@
 /* tcp_open.c - a SYN of the guest: options, ISN, host connect; what happens when the connect ended. */
 #include "tcp_internal.h"
+#include "policy.h"
 #include "proxy.h"
 #include "rn_view.h"
 
@@ -160,6 +161,10 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 
 	tcp_parse_options(sg, fr->l4, fr->l4_hlen);
 	e->s->c[RN_C_tcp_syn]++;
+	if (policy_denied_out(e, RN_IPPROTO_TCP, guest, gport, peer, pport)) {
+		tcp_reply_rst(e, fr, sg);
+		return;
+	}
 	if (e->pending < e->cfg.pending_max && eg_fd_room(e))
 		i = eg_new(e, RN_IPPROTO_TCP, guest, gport, peer, pport, fr->eth + 6);
 	if (i == EG_NONE) {

@@ -18,6 +18,7 @@
  * silence both ways; earlier, least recently used first, when cfg.udp_max, the flow table or the descriptors run out.
  */
 #include "inbound.h"
+#include "policy.h"
 #include "proxy.h"
 #include "rn_csum.h"
 #include "udp_internal.h"
@@ -266,7 +267,7 @@ static void tell_unsent(struct egress *e, const struct eg_frame *f, int err)
 
 void udp_input(struct egress *e, struct eg_frame *f)
 {
-	uint8_t guest[16], no_peer[16] = { 0 };
+	uint8_t guest[16], peer[16], no_peer[16] = { 0 };
 	const uint8_t *gdst = f->ip + RN_IP4_DST;
 	uint16_t gport = rn_get16(f->l4 + RN_UDP_SPORT);
 	struct sockaddr_in dst = { .sin_family = AF_INET };
@@ -289,15 +290,17 @@ void udp_input(struct egress *e, struct eg_frame *f)
 		return;
 	}
 	rn_addr_from4(guest, f->ip + RN_IP4_SRC);
+	rn_addr_from4(peer, gdst);
 	if (e->in->lru.n) { /* to a peer of a forward? */
-		uint8_t peer[16];
-
-		rn_addr_from4(peer, gdst);
 		i = eg_find(e, RN_IPPROTO_UDP, guest, gport, peer, rn_get16(f->l4 + RN_UDP_DPORT));
 		if (i != EG_NONE) {
 			udp_in_reply(e, i, f);
 			return;
 		}
+	}
+	if (policy_denied_out(e, RN_IPPROTO_UDP, guest, gport, peer, rn_get16(f->l4 + RN_UDP_DPORT))) {
+		tell_unsent(e, f, EPERM);
+		return;
 	}
 	err = -eg_host_addr(e, gdst, host);
 	if (err) {

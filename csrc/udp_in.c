@@ -10,6 +10,7 @@
  * does the peer's port, since it is the peer's own where that is free.
  */
 #include "inbound.h"
+#include "policy.h"
 #include "udp_internal.h"
 
 #include <errno.h>
@@ -81,6 +82,21 @@ static uint32_t new_mapping(struct egress *e, uint32_t slot, const struct sockad
 	return i;
 }
 
+/* Does the policy deny this peer? It cannot be told: its own kernel would have to say it. */
+static int denied(struct egress *e, const struct in_listener *l, const struct sockaddr_in *from)
+{
+	uint8_t g4[4], c4[4], guest[16], client[16];
+
+	if (!e->policy)
+		return 0;
+	inbound_guest(e, l, g4);
+	memcpy(c4, &from->sin_addr, 4);
+	rn_addr_from4(guest, g4);
+	rn_addr_from4(client, c4);
+	return policy_denied_in(e, RN_IPPROTO_UDP, guest, l->guest_port, client, ntohs(from->sin_port));
+}
+
+/* The mapping of a peer, made if there is none; EG_NONE, counted, if there can be none. */
 static uint32_t mapping(struct egress *e, uint32_t slot, const struct sockaddr_in *from, struct in_addr local)
 {
 	struct inbound *in = e->in;
@@ -93,7 +109,12 @@ static uint32_t mapping(struct egress *e, uint32_t slot, const struct sockaddr_i
 		    x->peer.sin_addr.s_addr == from->sin_addr.s_addr && x->local.s_addr == local.s_addr)
 			return i;
 	}
-	return new_mapping(e, slot, from, local, at);
+	if (denied(e, &in->l[slot], from))
+		return EG_NONE;
+	i = new_mapping(e, slot, from, local, at);
+	if (i == EG_NONE)
+		e->s->c[RN_C_drop_udp_table]++;
+	return i;
 }
 
 /* Our address that the datagram was sent to. */
@@ -141,10 +162,9 @@ int udp_listen_work(struct egress *e, uint32_t slot)
 		uint32_t len = u->msg[k].msg_len, i = EG_NONE;
 		struct rn_flow *f;
 
-		if (u->msg[k].msg_hdr.msg_namelen >= sizeof(u->from[k]) && u->from[k].sin_family == AF_INET)
+		if (u->msg[k].msg_hdr.msg_namelen >= sizeof(u->from[k]) && u->from[k].sin_family == AF_INET) /* it is */
 			i = mapping(e, slot, &u->from[k], local_of(&u->msg[k].msg_hdr));
 		if (i == EG_NONE) {
-			e->s->c[RN_C_drop_udp_table]++;
 			rn_buf_free(&e->s->pool, u->buf[k]);
 			continue;
 		}

@@ -190,6 +190,21 @@ class FlowList(Struct, frozen=True, kw_only=True):
     next: int | None
 
 
+class RuleInfo(Struct, frozen=True, kw_only=True):
+    rule: str  # as it was written, or the option that stands for it
+    action: str  # "allow" or "deny"
+    ways: list[str]  # "out", "in"
+    protos: list[str]
+    networks: list[str]  # of the other side; empty: every one
+    ports: list[str]  # called: "22", "80-89"; empty: every one
+
+
+class PolicyInfo(Struct, frozen=True, kw_only=True):
+    rules: list[RuleInfo]  # the first that fits decides; what none fits is allowed
+    denied_out: int  # connections, datagrams and pings of the guest
+    denied_in: int  # clients and datagrams of forwards
+
+
 # --- calls ---------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +340,13 @@ class FlowsClose(Call, kw_only=True):
     flow: Annotated[str, Meta(pattern=r"^[0-9]{1,10}\.[0-9]{1,10}$")]
 
 
+class Policy(Call, kw_only=True):
+    """What may be called, out and in, and how often that was refused."""
+
+    call = "policy"
+    result = PolicyInfo
+
+
 class Log(Call, kw_only=True):
     """How much the session says on standard error."""
 
@@ -353,7 +375,7 @@ EVENTS: tuple[str, ...] = get_args(EventName)
 
 CALLS: dict[str, type[Call]] = {c.call: c for c in (
     ForwardsAdd, ForwardsRemove, ForwardsReplace, ForwardsList, HostsAdd, HostsRemove, HostsReplace, HostsList,
-    GetStatus, Stages, Statistics, FlowsList, FlowsClose, Log, CancelNic, Subscribe)}
+    GetStatus, Stages, Statistics, FlowsList, FlowsClose, Policy, Log, CancelNic, Subscribe)}
 
 
 # --- events --------------------------------------------------------------------------------------------------------
@@ -390,6 +412,7 @@ class FlowRefused(Event, kw_only=True, tag="flow-refused"):
     peer: str
     peer_port: int
     reason: str
+    rule: str = ""  # of the policy, if that was the reason
 
 
 class LeaseGiven(Event, kw_only=True, tag="lease-given"):

@@ -107,7 +107,8 @@ class Client:
                 if self._decode(_answer, line).event:
                     self._events.append(self._decode(_event, line))
         finally:
-            self._sock.settimeout(self._timeout)
+            if self._sock.fileno() >= 0:  # else it was closed meanwhile
+                self._sock.settimeout(self._timeout)
 
     def send(self, line: bytes) -> None:
         """One request as it is. Raises ClientError."""

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pipeline.forwards import Forward, ForwardSyntaxError, Proto, parse_all
+from pipeline.policy import PolicyError, PolicyRule, effective
 from pipeline.proxies import Plan, ProxyError, chosen, plan
 from pipeline.topology import TOPOLOGY, Feature, Role
 
@@ -186,6 +187,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         "forward TCP ports of the host to the guest, like 8080:80 (docs/forwards.md); may be repeated", "t", "SPEC")] = ()
     udp_ports: Annotated[tuple[str, ...], _opt("the same for UDP", "u", "SPEC")] = ()
     forward_as_gateway: Annotated[bool, _opt("the guest sees clients of forwards under the gateway's address")] = False
+    policy: Annotated[tuple[str, ...], _opt(
+        "allow or deny by network, protocol and port, like 'deny out tcp 10.0.0.0/8 port 22'; the first rule that fits"
+        " decides (docs/policy.md); may be repeated", "", "RULE", max_length=1024)] = ()
+    no_metadata: Annotated[bool, _opt(
+        "link-local and cloud metadata addresses (169.254.0.0/16, fd00:ec2::254 ...) are not reached")] = False
     proxy: Annotated[str, _opt(
         "send the guest's TCP through a proxy, and UDP if it speaks SOCKS5: http://[USER:PW@]HOST:PORT, socks5://...,"
         " auto (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) or none (docs/proxy.md)", "", "URL")] = "none"
@@ -232,6 +238,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     def forwards(self) -> list[Forward]:
         """--tcp-ports and --udp-ports, parsed. Raises ForwardSyntaxError."""
         return parse_all({"tcp": self.tcp_ports, "udp": self.udp_ports}, owner=FORWARDS_OWNER)
+
+    def policy_rules(self) -> tuple[PolicyRule, ...]:
+        """--policy, --no-metadata and --no-host-loopback as one list. Raises PolicyError."""
+        return effective(self.policy, no_metadata=self.no_metadata, no_host_loopback=self.no_host_loopback,
+                         gateway=self.gateway)
 
     def hosts_table(self) -> dict[str, list[str]]:
         return {n: v.split(",") if isinstance(v, str) else list(v) for n, v in self.hosts.items()}
@@ -406,6 +417,10 @@ def check(s: Settings) -> Settings:
         except ForwardSyntaxError as e:
             raise ConfigError(f"--{option} {e}") from None
     try:
+        s.policy_rules()
+    except PolicyError as e:
+        raise ConfigError(f"--policy {e}") from None
+    try:
         chosen(s.proxy, (), os.environ)
     except ProxyError as e:
         raise ConfigError(f"--proxy {'auto: ' if s.proxy == 'auto' else ''}{e}") from None
@@ -463,7 +478,7 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
         "egress": {**seat, "offload": vnet and s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
                    "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path, "seed": s.seed,
-                   "proxy": through},
+                   "policy": s.policy_rules(), "proxy": through},
         "services": {**seat, "prefix": net.prefixlen, "guest4": s.address, "pool_start": first, "pool_end": last,
                      "dns": list(s.dns), "resolv_conf": s.resolv_conf, "search": list(s.search) or [DOMAIN],
                      "domain": DOMAIN, "hosts": s.hosts_table(),

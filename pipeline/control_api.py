@@ -164,7 +164,7 @@ class ControlApi:
             api.HostsAdd: self._hosts_add, api.HostsRemove: self._hosts_remove,
             api.HostsReplace: self._hosts_replace, api.HostsList: self._hosts_list,
             api.GetStatus: self._status, api.Stages: self._stages, api.Statistics: self._statistics,
-            api.FlowsList: self._flows_list, api.FlowsClose: self._flows_close, api.Log: self._log,
+            api.FlowsList: self._flows_list, api.FlowsClose: self._flows_close, api.Policy: self._policy, api.Log: self._log,
             api.CancelNic: self._cancel, api.Subscribe: self._subscribe,
         }
         try:
@@ -571,6 +571,15 @@ class ControlApi:
                 up_bytes=f.up_bytes, down_bytes=f.down_bytes, srtt_us=f.srtt_us, retransmits=f.retransmits,
                 parked=f.parked))
         return api.FlowList(flows=found, next=None)
+
+    def _policy(self, client: Client, call: api.Policy, done: Done) -> api.PolicyInfo:
+        counters = self.session.counters("egress")
+        return api.PolicyInfo(
+            rules=[api.RuleInfo(rule=r.text, action=r.action, ways=list(r.ways), protos=list(r.protos),
+                                networks=list(r.networks),
+                                ports=[str(a) if a == b else f"{a}-{b}" for a, b in r.ports])
+                   for r in self.session.settings.policy_rules()],
+            denied_out=counters["drop_policy_out"], denied_in=counters["drop_policy_in"])
 
     # -- doing
 

@@ -89,6 +89,7 @@ def parser() -> Parser:
     p.add_argument("--proto", choices=["tcp", "udp", "icmp"])
     p = add(commands, "close", close, "end one flow; a TCP connection is reset on both sides")
     p.add_argument("flow", metavar="FLOW", help="as `flows` names it, like 12.3")
+    add(commands, "policy", policy, "what may be called, out and in, and how often that was refused")
     p = add(commands, "log", log, "how much the session says on standard error")
     p.add_argument("level", choices=get_args(Level))
     p = add(commands, "events", events, "what happens, as it happens")
@@ -251,6 +252,15 @@ def flows(client: Client, args: argparse.Namespace, out: Output) -> None:
 
 def close(client: Client, args: argparse.Namespace, out: Output) -> None:
     out.show(client.call(api.FlowsClose(flow=args.flow)), None)
+
+
+def policy(client: Client, args: argparse.Namespace, out: Output) -> None:
+    found = client.call(api.Policy())
+    rows = [[r.action, ",".join(r.ways), ",".join(r.protos), ",".join(r.networks) or "any", ",".join(r.ports) or "any",
+             r.rule] for r in found.rules]
+    rows.append(["allow", "out,in", "tcp,udp,icmp", "any", "any", "(what no rule fits)"])
+    out.show(found, table(["action", "way", "protocol", "network", "ports", "rule"], rows, frozenset(range(6)))
+             + f"\n\ndenied: {found.denied_out} out, {found.denied_in} in")
 
 
 def log(client: Client, args: argparse.Namespace, out: Output) -> None:

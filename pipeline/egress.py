@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from pipeline.config import Ipv4, Mac, Mtu, Plan
+from pipeline.config import Ipv4, Mac, Mtu, Plan, PolicyRule
 from pipeline.messages import CloseFlow, ForwardsChange, Notices, Refused, Rule
 from pipeline.stage import Ended, StageContext, StageError
 from shm._dataplane import ffi, lib
@@ -39,6 +39,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     prefix: Annotated[int, Meta(ge=1, le=30)]  # of the guest's subnet
     forward_as_gateway: bool = False  # clients of forwards appear as the gateway
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0  # not 0: ISNs and ids are repeatable
+    policy: tuple[PolicyRule, ...] = ()  # the first that fits decides
     proxy: Plan | None = None  # hosts are addresses
 
 
@@ -100,9 +101,25 @@ def set_proxy(stage: Any, plan: Plan, names: tuple[Any, int] | None) -> None:
         must(lib.stage_egress_bypass_name(stage, name.encode()))
 
 
-PROTO = {6: "tcp", 17: "udp"}
+def set_policy(stage: Any, rules: tuple[PolicyRule, ...]) -> None:
+    """Tell the data plane what is allowed. Raises StageError."""
+    ways = {"out": lib.POLICY_OUT, "in": lib.POLICY_IN}
+    protos = {"tcp": lib.POLICY_TCP, "udp": lib.POLICY_UDP, "icmp": lib.POLICY_ICMP}
+    entries = [{"net": net.network_address.packed, "prefix": net.prefixlen, "port_min": low, "port_max": high,
+                "ways": sum(ways[w] for w in rule.ways), "protos": sum(protos[p] for p in rule.protos),
+                "deny": rule.action == "deny", "name": name}
+               for name, rule in enumerate(rules)
+               for net in rule.wire() or [ipaddress.IPv6Network("::/0")]
+               for low, high in rule.ports or [(0, 65535)]]
+    rc = lib.stage_egress_policy(stage, ffi.new("struct policy_rule[]", entries) if entries else ffi.NULL, len(entries))
+    if rc < 0:
+        raise StageError(f"policy: {os.strerror(-rc)} ({len(entries)} entries, at most {lib.POLICY_RULES_MAX})")
+
+
+PROTO = {1: "icmp", 6: "tcp", 17: "udp"}
 # What an errno of connect() means to the guest's user; others by strerror().
 REASONS = {errno.EMFILE: "too many flows, connects under way or descriptors"}
+DENIED = "denied by the policy"
 
 
 def _address(raw: bytes) -> str:
@@ -110,7 +127,7 @@ def _address(raw: bytes) -> str:
     return str(address.ipv4_mapped or address)
 
 
-def refusals(stage: Any) -> list[Refused]:
+def refusals(stage: Any, rules: tuple[PolicyRule, ...] = ()) -> list[Refused]:
     """What the data plane kept of flows it did not make, oldest first."""
     found = []
     r = ffi.new("struct egress_refusal *")
@@ -118,7 +135,8 @@ def refusals(stage: Any) -> list[Refused]:
         found.append(Refused(
             proto=PROTO.get(r.proto, str(r.proto)), guest=_address(bytes(r.guest)), guest_port=r.guest_port,
             peer=_address(bytes(r.peer)), peer_port=r.peer_port,
-            reason=REASONS.get(r.error) or os.strerror(r.error), lost=r.lost))
+            reason=DENIED if r.rule >= 0 else REASONS.get(r.error) or os.strerror(r.error),
+            rule=rules[r.rule].text if 0 <= r.rule < len(rules) else "", lost=r.lost))
     return found
 
 
@@ -184,10 +202,11 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode() or os.strerror(-rc))
     if cfg.proxy is not None:
         set_proxy(ctx.stage, cfg.proxy, ctx.names)
+    set_policy(ctx.stage, cfg.policy)
     _handle(ctx)
 
     def tell() -> None:
-        for refused in refusals(ctx.stage):
+        for refused in refusals(ctx.stage, cfg.policy):
             ctx.notice(refused)
 
     return ctx.run_loop(tell)

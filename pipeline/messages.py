@@ -218,14 +218,15 @@ class Leased(Message):
 
 
 class Refused(Message):
-    """egress could not, or would not, make a flow the guest asked for."""
+    """egress could not, or would not, make a flow that was asked for."""
 
-    proto: str  # "tcp"
+    proto: str  # "tcp", "udp" or "icmp"
     guest: str
     guest_port: int
     peer: str  # as the guest calls it
     peer_port: int
     reason: str
+    rule: str = ""  # of the policy, if that was the reason
     lost: int = 0
 
 

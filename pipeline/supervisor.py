@@ -413,7 +413,8 @@ class Session:
                                          seconds=message.seconds), lost=message.lost)
             elif isinstance(message, Refused):
                 self.tell(api.FlowRefused(proto=message.proto, guest=message.guest, guest_port=message.guest_port,
-                                          peer=message.peer, peer_port=message.peer_port, reason=message.reason),
+                                          peer=message.peer, peer_port=message.peer_port, reason=message.reason,
+                                          rule=message.rule),
                           lost=message.lost)
             elif isinstance(message, (Ended, Failed)):
                 child.said = message

@@ -97,7 +97,7 @@ class FakeSession:
         return {}
 
     def counters(self, name: str) -> dict[str, int]:
-        return {"frames_in": 1}
+        return {"frames_in": 1, "drop_policy_out": 0, "drop_policy_in": 0}
 
     def ring_fill(self, name: str) -> tuple[int, int]:
         return 0, 7

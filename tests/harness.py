@@ -37,7 +37,8 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from pipeline.config import Plan, make
-from pipeline.egress import set_proxy
+from pipeline.egress import set_policy, set_proxy
+from pipeline.policy import parse_all as parse_policy
 from pipeline.supervisor import Link, Session
 from shm._dataplane import ffi, lib
 from shm.names import Names
@@ -334,7 +335,7 @@ class EgressOnly(Guest):
     def __init__(self, *, mtu: int = 1500, ring: int = 1024, small: int = 1024, large: int = 64, flows: int = 1024,
                  nfile: int = 1024, udp_max: int = 512, pending_max: int = 64, host_loopback: bool = True,
                  offload: bool = False, raw_icmp_fd: int = -1, seed: int = 0,
-                 proxy: Plan | None = None, peek: int = -1) -> None:
+                 proxy: Plan | None = None, policy: tuple[str, ...] = (), peek: int = -1) -> None:
         super().__init__()
         self.mtu = mtu
         self._skew = 0  # ns
@@ -382,6 +383,7 @@ class EgressOnly(Guest):
         self.names = self._with.enter_context(Names.create())
         if proxy is not None:
             set_proxy(s, proxy, (self.names.mem, self.names.size))
+        set_policy(s, parse_policy(policy))
         self._parse = ffi.new("struct classify_config *")
         self._parse.gateway4, self._parse.subnet4 = socket.inet_aton(GATEWAY), socket.inet_aton("10.0.2.0")
         self._parse.prefix, self._parse.gateway_mac, self._parse.mtu = 24, mac_bytes(GATEWAY_MAC), mtu

@@ -24,7 +24,7 @@ from pipeline.topology import TOPOLOGY
 
 REPO = Path(__file__).resolve().parent.parent
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
-DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies"})
+DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy"})
 COMMANDS = frozenset({"cli", "demo", "ctl", "completion"})
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners",
                      "control_api", "hosts_book", "session_dir", "client"})

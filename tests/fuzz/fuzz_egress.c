@@ -36,6 +36,7 @@
 
 #include "egress.h"
 #include "fuzz_main.h"
+#include "policy.h"
 #include "rn_csum.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(LIBFUZZER)
@@ -219,6 +220,12 @@ static void begin(int discard, int offload)
 		.pending_max = 6,
 		.seed = 1,
 	};
+	static const struct policy_rule policy[] = { /* low ports, where no server of ours is, are denied */
+		{ .net = { [10] = 0xff, 0xff, 192, 0, 2, 1 }, .prefix = 128, .port_max = 65535, .ways = POLICY_OUT | POLICY_IN,
+		  .protos = POLICY_TCP | POLICY_UDP, .name = 0 },
+		{ .port_min = 1, .port_max = 1023, .ways = POLICY_OUT, .protos = POLICY_TCP | POLICY_UDP, .deny = 1,
+		  .name = 1 },
+	};
 	struct rn_stage *s;
 
 	memcpy(cfg.gateway4, gateway, 4);
@@ -253,6 +260,7 @@ static void begin(int discard, int offload)
 	must(!rn_stage_add_input(s, t.in, t.sizes[3], ROW_CLASSIFY), "input");
 	must(!rn_stage_add_output(s, RN_ROLE_GUEST, t.out, t.sizes[4], ROW_RX), "output");
 	must(!stage_egress_init(s, t.flows, t.sizes[2], &cfg), "init");
+	must(!stage_egress_policy(s, policy, sizeof(policy) / sizeof(policy[0])), "policy");
 	t.now = START_NS;
 	t.stuck = 0;
 	for (uint32_t i = 0; i < SLOTS; i++) {
