@@ -550,12 +550,15 @@ static void challenge(struct egress *e, uint32_t i)
 }
 
 /* A segment behind a hole is answered with an ACK of its own, at once (RFC 5681 4.2): the guest counts them, and resends
- * at the third. What came in order before it is handed on first, so that the number is the one it repeats. If there is no
- * room the ACK waits, and may then stand for several. Return: 0, or -1 if the host side broke. */
-static int early_ack(struct egress *e, uint32_t i)
+ * at the third. What came in order before it is handed on first, so that the number is the one it repeats. With SACK, what
+ * follows the third and only makes a block longer is told by one ACK a turn (Linux waits for more, too): at a high rate
+ * each ACK costs the guest as much as the segment did. A new block always has its own, as one ACK does not hold many. If
+ * there is no room the ACK waits. Return: 0, or -1 if the host side broke. */
+static int early_ack(struct egress *e, uint32_t i, int fresh)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
+	struct tcp_flow *x = &e->tcp->flow[i];
 
 	if (p->work & W_UP) {
 		p->work &= ~(uint32_t)W_UP;
@@ -564,10 +567,17 @@ static int early_ack(struct egress *e, uint32_t i)
 	}
 	if (!(f->up.fin & RN_FIN_SEEN))
 		tcp_update_window(e, i);
-	if (tcp_send_ack(e, i, ack_seq(f)))
+	if (x->dup_nxt != f->up.rcv_nxt) {
+		x->dup_nxt = f->up.rcv_nxt;
+		x->ndup = 0;
+	}
+	if (((p->flags & F_SACK) && x->ndup == TCP_DUPACKS && !fresh) || tcp_send_ack(e, i, ack_seq(f))) {
 		eg_work(e, i, W_ACK);
-	else
-		p->work &= ~(uint32_t)W_ACK;
+		return 0;
+	}
+	if (x->ndup < TCP_DUPACKS)
+		x->ndup++;
+	p->work &= ~(uint32_t)W_ACK;
 	return 0;
 }
 
@@ -653,7 +663,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	else if (p->flags & F_SACK)
 		held = tcp_sack_input(e, i, fr->l4, fr->l4_hlen);
 	if (!(p->flags & (F_RECOVER | F_SLOW)) &&
-	    ((dup && p->dupacks == 3) || held > 2u * f->down.mss)) { /* RFC 5681 3.2; RFC 6675 5 */
+	    ((dup && p->dupacks == TCP_DUPACKS) || held > 2u * f->down.mss)) { /* RFC 5681 3.2; RFC 6675 5 */
 		e->s->c[RN_C_tcp_fast_retransmit]++;
 		p->flags |= F_RECOVER;
 		p->recover = f->down.snd_max;
@@ -720,14 +730,16 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 		if ((p->flags & F_FIN_IN) && SEQ_GT(seq + len, e->tcp->flow[i].fin_in))
 			len = SEQ_LT(seq, e->tcp->flow[i].fin_in) ? e->tcp->flow[i].fin_in - seq : 0;
 		if (len) {
+			int taken;
+
 			early = SEQ_GT(seq, tcp_up_edge(e, i));
 			f->up.packets++;
-			if (!tcp_park(e, i, fr, seq, data, len) ||
-			    (SEQ_GT(seq, f->up.rcv_nxt) && (p->flags & F_BLOCKED)))
+			taken = tcp_park(e, i, fr, seq, data, len);
+			if (!taken || (SEQ_GT(seq, f->up.rcv_nxt) && (p->flags & F_BLOCKED)))
 				eg_work(e, i, W_ACK); /* refused, or here but not taken yet */
 			else if (!early && !(p->flags & F_BLOCKED))
 				eg_work(e, i, W_UP);
-			if (early && early_ack(e, i))
+			if (early && early_ack(e, i, taken == 2))
 				return;
 		}
 		if ((fin || (p->flags & F_FIN_IN)) && !early)

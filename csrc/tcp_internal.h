@@ -33,6 +33,7 @@
 #define TCP_KEEPALIVE_NS (7200ull * 1000000000ull) /* RFC 9293 3.8.4 */
 #define TCP_KEEPALIVE_INTERVAL_NS (75ull * 1000000000ull)
 #define TCP_KEEPALIVE_PROBES 9u
+#define TCP_DUPACKS 3u /* duplicate ACKs that mean a loss (RFC 5681 3.2) */
 #define TCP_CHALLENGES 10u /* of these, at most, to one flow in TCP_CHALLENGE_NS (RFC 5961 7 names both figures) */
 #define TCP_CHALLENGE_NS 5000000000ull
 #define TCP_SCRATCH 65536u
@@ -96,6 +97,7 @@ struct tcp_flow { /* what only the TCP files need of a flow */
 	uint32_t cwnd;	  /* bytes; counts only with F_SLOW */
 	uint32_t wnd_max; /* largest window the guest offered (RFC 9293 3.8.6.2.1) */
 	uint32_t sack_last; /* start of the early segment that came last */
+	uint32_t dup_nxt;   /* up.rcv_nxt that ndup duplicate ACKs told */
 	uint32_t edge;	    /* parked data has no hole from up.rcv_nxt to here; tcp_up_edge() */
 	uint32_t rxt_nxt;   /* fast recovery: holes before this were sent again */
 	struct tcp_range *sacked; /* TCP_SACK_RANGES, made at the first block; above snd_una, sorted, apart */
@@ -104,6 +106,7 @@ struct tcp_flow { /* what only the TCP files need of a flow */
 	uint8_t nsacked;
 	uint8_t rounds; /* since snd_una moved */
 	uint8_t mac_heard[6]; /* source of the last segment */
+	uint8_t ndup;	      /* counted up to TCP_DUPACKS */
 	uint8_t challenges;   /* sent since challenge_ns */
 	uint64_t challenge_ns;
 	int32_t error;	  /* errno of a failed connect */

@@ -18,14 +18,15 @@
  * tcp_sack_option() - Blocks for an ACK
  * @opt:	at least 36 bytes
  *
- * The block of the segment that came last goes first (RFC 2018 4). Return: bytes written, a multiple of 4; 0: none.
+ * The block of the segment that came last goes first, then those that were told most recently (RFC 2018 4): of data that
+ * comes in order but for losses they are the next ones below. Return: bytes written, a multiple of 4; 0: none.
  */
 uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
-	uint32_t last = e->tcp->flow[i].sack_last, edge = f->up.rcv_nxt, n = 0;
-	struct tcp_range r[TCP_SACK_BLOCKS];
+	uint32_t last = e->tcp->flow[i].sack_last, edge = f->up.rcv_nxt, n = 0, first = 0, found = 0;
+	struct tcp_range r[TCP_SACK_BLOCKS]; /* a ring; the newest at n - 1 */
 
 	if (!(p->flags & F_SACK))
 		return 0;
@@ -37,25 +38,29 @@ uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt)
 				b.hi = k->seq + k->len;
 		if (SEQ_LE(b.lo, edge)) /* in order, only not taken yet: no hole before it */
 			continue;
-		if (SEQ_LE(b.lo, last) && SEQ_LT(last, b.hi) && n) {
-			if (n < TCP_SACK_BLOCKS)
-				n++;
-			r[n - 1] = r[0];
-			r[0] = b;
-		} else if (n < TCP_SACK_BLOCKS) {
-			r[n++] = b;
-		}
+		if (found && n - first == TCP_SACK_BLOCKS)
+			break;
+		r[n++ % TCP_SACK_BLOCKS] = b;
+		if (!found && n - first > TCP_SACK_BLOCKS)
+			first++;
+		if (SEQ_LE(b.lo, last) && SEQ_LT(last, b.hi))
+			found = n;
 	}
 	if (!n)
 		return 0;
+	if (!found)
+		found = n;
 	opt[0] = opt[1] = RN_TCPOPT_NOP;
 	opt[2] = RN_TCPOPT_SACK;
-	opt[3] = (uint8_t)(2 + 8 * n);
-	for (uint32_t k = 0; k < n; k++) {
-		rn_put32(opt + 4 + 8 * k, r[k].lo);
-		rn_put32(opt + 8 + 8 * k, r[k].hi);
+	opt[3] = (uint8_t)(2 + 8 * (n - first));
+	for (uint32_t k = 0; k < n - first; k++) {
+		/* from found down to first, then from behind it up */
+		uint32_t at = k < found - first ? found - 1 - k : first + k;
+
+		rn_put32(opt + 4 + 8 * k, r[at % TCP_SACK_BLOCKS].lo);
+		rn_put32(opt + 8 + 8 * k, r[at % TCP_SACK_BLOCKS].hi);
 	}
-	return 4 + 8 * n;
+	return 4 + 8 * (n - first);
 }
 
 /* Add a range: merge with what it touches; with all places taken the last one (farthest away) goes. */

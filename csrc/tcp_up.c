@@ -103,18 +103,18 @@ static void park_rest(struct egress *e, uint32_t i)
  * tcp_park() - Put a segment into the flow's list, by sequence number
  * In-order data of a flow that is not blocked stays in its frame until tcp_up_flush() in this turn; what has to wait is
  * copied. Overlaps are cut when the list is flushed, whole duplicates are refused here.
- * Return: 1 taken (fr->kept tells whether the frame is ours now), 0 not.
+ * Return: 1 taken (fr->kept tells whether the frame is ours now), 2 also, and nothing it touches was here, 0 not taken.
  */
 int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, const uint8_t *data, uint32_t len)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct tcp_state *t = e->tcp;
 	struct rn_flow *f = eg_flow(e, i);
-	struct eg_parked **at = &p->parked, *n;
+	struct eg_parked **at = &p->parked, *n, *before = NULL;
 	int early = SEQ_GT(seq, tcp_up_edge(e, i)), wait = early || (p->flags & F_BLOCKED);
 
-	while (*at && SEQ_LT((*at)->seq, seq))
-		at = &(*at)->next;
+	for (; *at && SEQ_LT((*at)->seq, seq); at = &before->next)
+		before = *at;
 	if (*at && (*at)->seq == seq && (*at)->len >= len) {
 		e->s->c[RN_C_tcp_duplicate_segments]++;
 		return 0;
@@ -143,11 +143,12 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 	*at = n;
 	f->up.parked += len;
 	p->nparked++;
-	if (early)
-		t->flow[i].sack_last = seq;
-	else
+	if (!early) {
 		edge_moves(e, i, n);
-	return 1;
+		return 1;
+	}
+	t->flow[i].sack_last = seq;
+	return (before && SEQ_GE(before->seq + before->len, seq)) || (n->next && SEQ_LE(n->next->seq, seq + len)) ? 1 : 2;
 }
 
 /**
