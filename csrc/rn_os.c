@@ -19,6 +19,7 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 _Static_assert(RN_CLONE_NEWNS == CLONE_NEWNS && RN_CLONE_NEWUSER == CLONE_NEWUSER, "clone flags");
@@ -87,6 +88,22 @@ int rn_os_drop_caps(void)
 		return -errno;
 	memset(none, 0, sizeof(none));
 	return ret(syscall(SYS_capset, &head, none));
+}
+
+int rn_os_ticker(uint32_t ms)
+{
+	const struct timespec every = { ms / 1000, (long)(ms % 1000) * 1000000 };
+	const struct itimerspec when = { every, every };
+	int fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC), err;
+
+	if (fd < 0)
+		return -errno;
+	if (timerfd_settime(fd, 0, &when, NULL) < 0) {
+		err = -errno;
+		close(fd);
+		return err;
+	}
+	return fd;
 }
 
 int rn_os_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data)

@@ -29,6 +29,9 @@ int rn_os_subreaper(void);	      /* prctl(2): orphans below us become our childr
 /* Empty effective, permitted, inheritable, ambient and bounding sets: capabilities(7). */
 int rn_os_drop_caps(void);
 
+/* timerfd_create(2): a descriptor that is readable every @ms milliseconds. Non-blocking, close-on-exec. */
+int rn_os_ticker(uint32_t ms);
+
 /* mount(2) and umount2(2); @type, @data may be NULL. Flags are those of <sys/mount.h>: */
 #define RN_MS_RDONLY 1
 #define RN_MS_NOSUID 2

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pipeline.forwards import Forward
 from pipeline.messages import Level
 
 VERSION = 1  # of this file; a request says which it was written for
@@ -96,6 +97,11 @@ class ForwardInfo(Struct, frozen=True, kw_only=True):
     guest_addr: str  # "" is the guest, whatever address it has
     guest_port: int
     owner: str
+
+
+def forward_info(f: Forward) -> ForwardInfo:
+    return ForwardInfo(proto=f.proto, host_addr=f.host_addr, ifname=f.ifname, host_port=f.host_port,
+                       guest_addr=f.guest_addr, guest_port=f.guest_port, owner=f.owner)
 
 
 class Forwards(Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-from pipeline.forwards import Forward, ForwardSyntaxError, Proto, parse_all
+from pipeline.forwards import Auto, Forward, ForwardSyntaxError, Proto, autos, parse_all
 from pipeline.policy import PolicyError, PolicyRule, effective
 from pipeline.proxies import Plan, ProxyError, chosen, plan
 from pipeline.topology import TOPOLOGY, Feature, Role
@@ -238,6 +238,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     def forwards(self) -> list[Forward]:
         """--tcp-ports and --udp-ports, parsed. Raises ForwardSyntaxError."""
         return parse_all({"tcp": self.tcp_ports, "udp": self.udp_ports}, owner=FORWARDS_OWNER)
+
+    def auto_forwards(self) -> list[Auto]:
+        """Those of them that follow what the guest listens on. Raises ForwardSyntaxError."""
+        return autos({"tcp": self.tcp_ports, "udp": self.udp_ports})
 
     def policy_rules(self) -> tuple[PolicyRule, ...]:
         """--policy, --no-metadata and --no-host-loopback as one list. Raises PolicyError."""

@@ -88,11 +88,6 @@ def _page(items: list[_Item], start: int, limit: int) -> tuple[list[_Item], int 
     return items[start:end], end if end < len(items) else None
 
 
-def _info(f: Forward) -> api.ForwardInfo:
-    return api.ForwardInfo(proto=f.proto, host_addr=f.host_addr, ifname=f.ifname, host_port=f.host_port,
-                           guest_addr=f.guest_addr, guest_port=f.guest_port, owner=f.owner)
-
-
 def _parts(delta: Delta) -> Iterator[HostsChange]:
     """What services is told, in messages of bounded size; the last one commits."""
     names: dict[str, tuple[str, ...]] = {}
@@ -429,9 +424,9 @@ class ControlApi:
                 frozenset(numbers), Code.FAILED)
             raise ApiError(code, str(e)) from None
         for forward in remove:
-            self.session.tell(api.ForwardRemoved(forward=_info(forward)))
+            self.session.tell(api.ForwardRemoved(forward=api.forward_info(forward)))
         for forward in made:
-            self.session.tell(api.ForwardAdded(forward=_info(forward)))
+            self.session.tell(api.ForwardAdded(forward=api.forward_info(forward)))
         return api.Changed(added=len(made), removed=len(remove))
 
     def _forwards_add(self, client: Client, call: api.ForwardsAdd, done: Done) -> api.Changed:
@@ -466,7 +461,7 @@ class ControlApi:
     def _forwards_list(self, client: Client, call: api.ForwardsList, done: Done) -> api.Forwards:
         found = [f for f in self.session.forwards() if call.owner in (None, f.owner)]
         page, following = _page(found, call.start, call.limit)
-        return api.Forwards(forwards=[_info(f) for f in page], next=following)
+        return api.Forwards(forwards=[api.forward_info(f) for f in page], next=following)
 
     # -- names
 

@@ -289,7 +289,7 @@ class Guest:
             try:
                 tap = maker.tap(signals)
                 tap.events.close()  # if somebody removes the interface, the steps fail and say so
-                return Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname)
+                return Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname, tables=tap.tables)
             finally:
                 maker.end()
         finally:
@@ -337,7 +337,8 @@ def _main(settings: Settings, tmp: Path, stack: contextlib.ExitStack) -> int:
     guest = Guest(tmp)
     stack.callback(guest.close)
     link = guest.tap(settings, signals)
-    stack.callback(os.close, link.fd)
+    for fd in (link.fd, *link.tables.values()):
+        stack.callback(os.close, fd)
     spawn = multiprocess.get_context("spawn")  # fork would copy a half-made session into the helpers
     session = Session(settings, link=link, log=say if settings.debug else None, warn=say)
     session.watch(signals.fileno(), lambda: [session.end(s.name, Exit.RUNTIME) for s in signals.take()])

@@ -1,6 +1,7 @@
 """Inbound forwards: what a rule is, and passt's grammar for it (-t, -u; passt(1)).
 
     none                      no forwards
+    auto                      what the guest listens on, as long as it does; auto,~22 without some
     all                       every port outside the host's range for outgoing connections, as far as it is free
     22                        port 22 of the host to port 22 of the guest
     22:23                     to port 23 of the guest
@@ -12,7 +13,8 @@
     192.0.2.1%eth0/22         and only by that interface
     %eth0/22                  any address, only by that interface
 
-`auto` (passt's pasta: follow what the guest listens on) is refused: it would mean to look again and again.
+`auto` is no list of rules but a standing order (Auto; pipeline/auto_forwards.py), for -t and -u of a guest that can be
+looked into.
 """
 from __future__ import annotations
 
@@ -52,6 +54,15 @@ class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __str__(self) -> str:
         return f"{self.proto} {render([self])}"
+
+
+class Auto(Struct, frozen=True, kw_only=True):
+    """A spec with `auto`."""
+
+    proto: Proto
+    host_addr: str = ""
+    ifname: str = ""
+    without: frozenset[int] = frozenset()  # ports
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -123,6 +134,38 @@ def ephemeral() -> range:
         return range(EPHEMERAL[0], EPHEMERAL[1] + 1)
 
 
+def _where(spec: str) -> tuple[str, str, str]:
+    """Host address, interface, and what follows the slash."""
+    where, slash, ports = spec.rpartition("/")
+    address, percent, ifname = where.partition("%")
+    if slash and not where:
+        raise ForwardSyntaxError(f"{spec}: nothing before the /; expected ADDR, %IFACE or ADDR%IFACE")
+    if percent and not ifname:
+        raise ForwardSyntaxError(f"{spec}: {where}: no interface after the %")
+    return _address(spec, address), _interface(spec, ifname), ports
+
+
+def parse_auto(spec: str, proto: Proto) -> Auto | None:
+    """The spec, if it says `auto`. Raises ForwardSyntaxError."""
+    parts = spec.rpartition("/")[2].split(",")
+    if "auto" not in parts:
+        return None
+    address, ifname, _ = _where(spec)
+    parts.remove("auto")
+    without: set[int] = set()
+    for part in parts:
+        if not part.startswith("~"):
+            raise ForwardSyntaxError(f"{spec}: {part or 'nothing'}: beside auto only what is left out, like ~22; name ports"
+                                     " in a spec of their own")
+        without.update(_range(spec, part, part[1:]))
+    return Auto(proto=proto, host_addr=address, ifname=ifname, without=frozenset(without))
+
+
+def autos(specs: dict[Proto, Iterable[str]]) -> list[Auto]:
+    """Those of all -t and -u that say `auto`. Raises ForwardSyntaxError."""
+    return [a for proto, texts in specs.items() for text in texts if (a := parse_auto(text, proto))]
+
+
 def parse(spec: str, proto: Proto, *, owner: str = "", outgoing: range | None = None) -> list[Forward]:
     """Rules of one -t or -u, by port. outgoing: what `all` leaves out; None asks the host.
 
@@ -130,20 +173,13 @@ def parse(spec: str, proto: Proto, *, owner: str = "", outgoing: range | None = 
     """
     if spec == "none":
         return []
-    where, slash, ports = spec.rpartition("/")
-    address, percent, ifname = where.partition("%")
-    if slash and not where:
-        raise ForwardSyntaxError(f"{spec}: nothing before the /; expected ADDR, %IFACE or ADDR%IFACE")
-    if percent and not ifname:
-        raise ForwardSyntaxError(f"{spec}: {where}: no interface after the %")
-    address = _address(spec, address)
-    _interface(spec, ifname)
+    address, ifname, ports = _where(spec)
     targets: dict[int, int] = {}
     left_out: set[int] = set()
     everything = ports == "all"
     for part in () if everything else ports.split(","):
         if part in ("none", "all", "auto"):
-            why = "following what the guest listens on is not supported; name ports, or say all" if part == "auto" \
+            why = "only -t and -u follow what the guest listens on; name ports, or say all" if part == "auto" \
                 else "cannot be combined with others"
             raise ForwardSyntaxError(f"{spec}: {part}: {why}")
         if part.startswith("~"):
@@ -192,7 +228,7 @@ def render(rules: list[Forward]) -> str:
 
 
 def parse_all(specs: dict[Proto, Iterable[str]], *, owner: str = "") -> list[Forward]:
-    """Rules of all -t and -u. A port that a spec names wins over the same one of `all`.
+    """Rules of all -t and -u but `auto`. A port that a spec names wins over the same one of `all`.
 
     Raises ForwardSyntaxError: also if two specs want the same port, or `none` is not alone.
     """
@@ -202,6 +238,8 @@ def parse_all(specs: dict[Proto, Iterable[str]], *, owner: str = "") -> list[For
         if "none" in given and len(given) > 1:
             raise ForwardSyntaxError("none: cannot be combined with others")
         for text in given:
+            if parse_auto(text, proto):
+                continue
             for f in parse(text, proto, owner=owner):
                 there = found.get(f.endpoint)
                 if there and not there.optional and not f.optional:

@@ -36,6 +36,7 @@ import msgspec
 from msgspec import Struct
 
 from pipeline import netlink
+from pipeline.auto_forwards import TABLES, open_tables
 from pipeline.dhcp_client import DhcpError, Lease, ask
 from shm._dataplane import ffi, lib
 
@@ -54,9 +55,11 @@ class _Said(Struct, frozen=True, kw_only=True, tag=str.lower):
 
 
 class Tap(_Said):
-    """Child: the link's descriptor is beside this message, then a netlink socket of the namespace."""
+    """Child: the link's descriptor is beside this message, then a netlink socket of the namespace, then its tables of
+    sockets."""
 
     index: int  # of the interface
+    tables: tuple[str, ...] = ()  # their names (auto_forwards.TABLES)
 
 
 class Go(_Said):
@@ -119,7 +122,7 @@ class Line:
 
     def recv(self) -> tuple[Said, list[int]] | None:
         """A message and its descriptors; None at EOF. Blocks."""
-        data, anc, _, _ = self.sock.recvmsg(65536, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
+        data, anc, _, _ = self.sock.recvmsg(65536, socket.CMSG_SPACE(4 * (2 + len(TABLES))), socket.MSG_CMSG_CLOEXEC)
         fds = array.array("i")
         for level, kind, body in anc:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -277,10 +280,12 @@ def _hand_over(line: Line, name: str, mtu: int) -> None:
     """Make the tap and give it away: the interface lives as long as somebody in the session has it."""
     with netlink.link_events() as events:
         fd = make_tap(name, mtu)
+        tables = open_tables()
         try:
-            line.send(Tap(index=netlink.index(name)), fd, events.fileno())
+            line.send(Tap(index=netlink.index(name), tables=tuple(tables)), fd, events.fileno(), *tables.values())
         finally:
-            os.close(fd)
+            for ours in (fd, *tables.values()):
+                os.close(ours)
 
 
 @contextlib.contextmanager

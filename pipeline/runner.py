@@ -58,6 +58,12 @@ class GuestLink(NamedTuple):
     fd: int
     index: int
     events: socket.socket  # netlink: changes to interfaces there
+    tables: dict[str, int]  # of its sockets (auto_forwards.open_tables())
+
+    def close(self) -> None:
+        """The link and the tables; a session has its own by now."""
+        for fd in (self.fd, *self.tables.values()):
+            os.close(fd)
 
 
 class Guest:
@@ -100,8 +106,8 @@ class Guest:
                 raise Stopped(got[0])
             if any(fd == self.line.fileno() for fd, _ in ready):
                 match self.line.recv():
-                    case (Tap(index=index), [fd, events]):
-                        return GuestLink(fd, index, socket.socket(fileno=events))
+                    case (Tap(index=index, tables=names), [fd, events, *tables]):
+                        return GuestLink(fd, index, socket.socket(fileno=events), dict(zip(names, tables, strict=True)))
                     case (Trouble(text=text), _):
                         raise GuestError(text)
                     case None:
@@ -150,7 +156,7 @@ def _pid_file(path: str) -> Iterator[None]:
 
 def _session(settings: Settings, tap: GuestLink, gone: Callable[[], None]) -> Session:
     """A session on the tap; gone: what to do when the interface is removed."""
-    link = Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname)
+    link = Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname, tables=tap.tables)
     session = Session(settings, link=link, log=say if settings.debug else None, warn=say)
 
     def changed() -> None:
@@ -268,7 +274,7 @@ class Run:
             try:
                 tap = self.guest.tap(signals)
                 stack.callback(tap.events.close)
-                with _closing(tap.fd):
+                with contextlib.closing(tap):
                     # Without its interface the command is cut off, but it lives on: it may have meant it.
                     self.session = _session(s, tap, lambda: None if s.quiet else say(f"{s.ifname} was removed"))
                     self.session.watch(signals.fileno(), self._signalled)
@@ -356,14 +362,6 @@ def run(settings: Settings, argv: list[str]) -> int:
     return Run(settings, argv).main()
 
 
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
 class Attach:
     """`ringnet attach`: serve an existing network namespace in the foreground."""
 
@@ -383,7 +381,7 @@ class Attach:
                 stack.callback(self.guest.end)
                 tap = self.guest.tap(signals)
                 stack.callback(tap.events.close)
-                with _closing(tap.fd):
+                with contextlib.closing(tap):
                     self.session = _session(s, tap, lambda: self.session.end(
                         f"interface {s.ifname} was removed from the guest's namespace", Exit.RUNTIME))
                     self.session.watch(signals.fileno(), self._signalled)

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ import msgspec
 from msgspec import Struct
 
 from pipeline import api
+from pipeline.auto_forwards import Follower
 from pipeline.config import ConfigError, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
 from pipeline.listeners import Change, Listeners
@@ -85,6 +86,7 @@ class Link(Struct, frozen=True, kw_only=True):
     kind: str  # "tap" or "dgram"; when a SOCK_SEQPACKET socket's peer closes, the session ends
     vnet: bool  # a 12-byte virtio-net header before each frame, and offloads
     name: str = "guest"  # for the capture file
+    tables: Mapping[str, int] = {}  # the guest's own of its sockets, if it can be looked into (auto_forwards.py); likewise
 
 
 class Deadlines(Struct, frozen=True, kw_only=True):
@@ -292,6 +294,7 @@ class Session:
         self._dns: socket.socket | None = None
         self._link_end: select.epoll | None = None
         self._asked = 0
+        self._follower: Follower | None = None
         self.listeners: list[Callable[[api.Event], None]] = []  # told what happens, by whoever makes it happen
 
     # -- as a context
@@ -527,6 +530,10 @@ class Session:
 
     def _bind_forwards(self) -> Change:
         """The sockets of -t and -u, early: who may not have them shall not have to wait. Raises SessionError."""
+        if (autos := self.settings.auto_forwards()) and not any(a.proto in self.link.tables for a in autos):
+            raise SessionError(Exit.USAGE, f"--{autos[0].proto}-ports auto: what this guest listens on cannot be seen: that of"
+                               " a namespace (run, attach) can, where /proc shows it, that of a virtual machine cannot;"
+                               " name the ports, or say all")
         try:
             change = self._listeners.prepare(self.settings.forwards(), ())
         except ForwardError as e:
@@ -609,6 +616,8 @@ class Session:
                 raise SessionError(*(self._failure or (Exit.RUNTIME, f"cannot forward: {e}"))) from e
             self._up = True
             self.started_at = time.monotonic()
+            if autos := self.settings.auto_forwards():
+                self._follower = Follower(self, autos, self.link.tables, self.settings.network, self._warn)
         except BaseException:
             if forwards is not None:
                 forwards.abort()
@@ -856,5 +865,8 @@ class Session:
         for fd in self._extras.values():
             os.close(fd)
         self._extras = {}
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
         self._listeners.close()
         self._selector.close()

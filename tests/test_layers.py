@@ -26,7 +26,7 @@ REPO = Path(__file__).resolve().parent.parent
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
 DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy"})
 COMMANDS = frozenset({"cli", "demo", "ctl", "completion"})
-CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners",
+CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
                      "control_api", "hosts_book", "session_dir", "client"})
 
 

@@ -63,7 +63,7 @@ def test_all_is_what_connections_of_the_host_do_not_use(spec: str, without: set[
     ("1-3:4-5", "1-3:4-5: 3 ports to 2"), ("22,20-30", "20-30: port 22 twice"), ("1.2.3/4", "1.2.3: not an IPv4"),
     ("::1/22", "IPv6 addresses cannot be forwarded yet"), ("/22", "nothing before the /"),
     ("%/22", "no interface after the %"), ("%abcdefghijklmnop/22", "abcdefghijklmnop: not an interface name"),
-    ("224.0.0.1/22", "not an address of a host"), ("auto", "auto: following what the guest listens on"),
+    ("224.0.0.1/22", "not an address of a host"), ("auto", "auto: only -t and -u follow what the guest listens on"),
     ("22,all", "all: cannot be combined"), ("22,none", "none: cannot be combined"), ("~5:6", "~5:6: what is left out"),
     ("22 ", "22 : expected a port"), ("²", "expected a port"), ("-5", "expected a port"), ("5-", "expected a port"),
     ("99999999999999999999", "expected a port"), ("1/2/3", "1/2: not an IPv4 address"),
