@@ -18,7 +18,7 @@ struct egress_config {
 	uint32_t prefix;	/* length of the guest subnet's, 0: only the gateway is in it */
 	int as_gateway;		/* clients of forwards appear as the gateway, not as themselves */
 	uint32_t mtu;		/* bytes of L3 towards the guest, 576..65520 */
-	int offload;		/* link has virtio-net headers: partial checksums and super-frames allowed */
+	int offload;		/* partial checksums and super-frames: the guest's side, or the link, finishes them */
 	int host_loopback;	/* gateway address reaches the host's 127.0.0.1 */
 	int peek_offset;	/* 1: SO_PEEK_OFF (Linux >= 6.9); 0: peek past a discard buffer; -1: find out */
 	int raw_icmp_fd;	/* raw ICMP socket made before rights were dropped, or -1 */

@@ -1,4 +1,4 @@
-/* rn_link.c - one frame in, one frame out, for each kind of guest link.
+/* rn_link.c - frames in and out, for each kind of guest link; here the kinds that carry one a system call.
  *
  * A frame buffer has its 12-byte virtio-net header right in front of the Ethernet header (rn_arena.h), so
  * that a link with headers moves both with one read() or write() and no iovec. A link without them moves
@@ -11,19 +11,57 @@
  *   dgram   read:  MSG_TRUNC returns the true length. A closed peer is not seen by reading (SOCK_DGRAM has
  *                  no end of file; SOCK_SEQPACKET has); an empty datagram reads as 0 bytes and is a runt.
  *           write: EAGAIN when the peer's queue is full, ECONNREFUSED or ENOTCONN when it is closed.
+ *   stream  read:  0 at the end, ECONNRESET if the peer left with unread bytes of ours.
+ *           write: takes a part when its buffer is nearly full, EPIPE when the peer has left.
  */
 #include "rn_link.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "rn_proto.h"
+#include "rn_link_kinds.h"
 
-/* A link with virtio-net headers may carry super-frames, whatever its MTU (virtio 1.2 5.1.6.2). */
-static uint32_t read_limit(const struct rn_link *l)
+int rn_link_open(struct rn_link *l)
 {
-	return l->vnet && l->frame_max < RN_FRAME_MAX ? RN_FRAME_MAX : l->frame_max;
+	struct rn_link_state *st;
+
+	l->state = NULL;
+	if (l->vnet && l->kind != RN_LINK_STREAM)
+		return 0; /* nothing is ever held */
+	st = calloc(1, sizeof(*st));
+	if (!st)
+		return -ENOMEM;
+	/* Not touched before they are used: the reader's `out` and the writer's `in` cost no memory. */
+	st->out = malloc(RN_LINK_OUT);
+	st->in = l->kind == RN_LINK_STREAM ? malloc(RN_LINK_IN) : NULL;
+	l->state = st;
+	if (!st->out || (l->kind == RN_LINK_STREAM && !st->in)) {
+		rn_link_close(l);
+		return -ENOMEM;
+	}
+	return 0;
+}
+
+void rn_link_close(struct rn_link *l)
+{
+	if (!l->state)
+		return;
+	free(l->state->in);
+	free(l->state->out);
+	free(l->state);
+	l->state = NULL;
+}
+
+int rn_link_atomic(const struct rn_link *l)
+{
+	return l->kind != RN_LINK_STREAM;
+}
+
+uint32_t rn_link_held(const struct rn_link *l)
+{
+	return l->state ? l->state->out_fill - l->state->out_at : 0;
 }
 
 /* Did a read of 0 bytes mean the end, or an empty datagram? Asked only then. */
@@ -38,11 +76,13 @@ static int is_datagram(int fd)
 int64_t rn_link_read(const struct rn_link *l, uint8_t *vnet_then_frame, uint32_t cap)
 {
 	uint32_t skip = l->vnet ? 0 : RN_VNET_HLEN;
-	uint32_t max = RN_VNET_HLEN + read_limit(l);
+	uint32_t max = RN_VNET_HLEN + rn_link_read_limit(l);
 	ssize_t n;
 
 	if (cap <= max)
 		return -EINVAL;
+	if (l->kind == RN_LINK_STREAM)
+		return rn_link_stream_read(l, vnet_then_frame);
 	do {
 		if (l->kind == RN_LINK_DGRAM)
 			n = recv(l->fd, vnet_then_frame + skip, max + 1 - skip, MSG_TRUNC);
@@ -70,6 +110,18 @@ int rn_link_write(const struct rn_link *l, const uint8_t *vnet_then_frame, uint3
 	size_t want = (size_t)len + RN_VNET_HLEN - skip;
 	ssize_t n;
 
+	if (l->kind == RN_LINK_STREAM)
+		return rn_link_stream_write(l, vnet_then_frame, len);
+	if (RN_UNLIKELY(rn_link_held(l))) {
+		int err = rn_link_segments_flush(l);
+
+		if (err)
+			return err;
+	}
+	if (rn_link_must_finish(l, vnet_then_frame))
+		return rn_link_segments_write(l, vnet_then_frame, len);
+	if (!l->vnet && len > l->frame_max)
+		return -EMSGSIZE;
 	do {
 		/* MSG_NOSIGNAL: a peer that left is a counted drop, not a SIGPIPE. */
 		if (l->kind == RN_LINK_DGRAM)
@@ -80,4 +132,11 @@ int rn_link_write(const struct rn_link *l, const uint8_t *vnet_then_frame, uint3
 	if (n < 0)
 		return -errno;
 	return (size_t)n == want ? 0 : -EIO; /* frames go whole or not at all */
+}
+
+int rn_link_flush(const struct rn_link *l)
+{
+	if (!rn_link_held(l))
+		return 0;
+	return l->kind == RN_LINK_STREAM ? rn_link_stream_flush(l) : rn_link_segments_flush(l);
 }

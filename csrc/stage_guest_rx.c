@@ -12,10 +12,16 @@
  * On a bad wire (rn_impair.h) a frame taken from a ring is held there in private memory, its buffer free at
  * once, and written when its time has come; a full link or a stall stops the taking as above.
  *
- * The virtio-net header was written by the producer; a link without such headers can carry neither partial
- * checksums nor super-frames, so a frame that asks for them is an error of ours and drop_link_write.
+ * The virtio-net header was written by the producer. For a peer that takes none the link completes checksums and cuts
+ * segments while it writes (rn_link.h); a frame that does not fit its header is an error of ours and drop_link_write.
  *
- * system calls: write, sendto (link), epoll_ctl, fstat, lseek, ftruncate (capture)
+ * What the link has taken and not yet given to the kernel goes out at the end of each turn; while the kernel does not
+ * take it, the link counts as full.
+ *
+ * The link may be set anew while the stage runs, when a virtual machine is started again. Without one (descriptor -1)
+ * frames are dropped as for an interface that is down.
+ *
+ * system calls: write, sendto, sendmsg, sendmmsg (link), epoll_ctl, fstat, lseek, ftruncate (capture)
  */
 #include "stage_guest_rx.h"
 
@@ -33,6 +39,8 @@ struct stage_guest_rx {
 	struct rn_link link;
 	struct rn_pcap *pcap; /* NULL: no capture */
 	int blocked;	      /* 1: the link said EAGAIN and no event came since */
+	int broken;	      /* negative errno: the link's peer has left; 0 when stage_guest_rx_broken() has told it */
+	int told;	      /* 1: it was noticed, once a link */
 	struct rn_buf *spent[BURST];
 	uint32_t nspent;
 	uint64_t pcap_written, pcap_lost; /* as last taken over */
@@ -61,47 +69,71 @@ static int wait_writable(struct rn_stage *s, struct stage_guest_rx *g)
 	return 0;
 }
 
-/* Can the link carry it as it is? */
+/* Can the link carry it? */
 static int fits(const struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
 {
 	struct rn_vnet_hdr vnet;
 
 	memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
-	if (!g->link.vnet && rn_vnet_says(&vnet))
-		return 0;
 	return len >= RN_ETH_HLEN && (len <= g->link.frame_max || vnet.gso_type != RN_VNET_GSO_NONE);
 }
 
-/* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
-static int write_link(struct rn_stage *s, struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
+/* The link refused for good: count why, and tell once if nobody is there any more. */
+static void refused(struct rn_stage *s, struct stage_guest_rx *g, int err)
 {
-	int err = fits(g, eth, len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
-
 	switch (err) {
-	case -EAGAIN:
-		return 0;
-	case 0:
-		s->c[RN_C_frames_out]++;
-		s->c[RN_C_bytes_out] += len;
-		if (g->pcap)
-			rn_pcap_frame(g->pcap, eth, len);
-		break;
 	case -EIO: /* tap: not up */
 	case -ENETDOWN:
 	case -EBADFD: /* tap: deleted */
 	case -ENODEV:
 	case -ENXIO:
 	case -EBADF:
+		s->c[RN_C_drop_link_down]++;
+		break;
 	case -ECONNREFUSED: /* socket: peer closed */
 	case -ECONNRESET:
 	case -ENOTCONN:
 	case -EPIPE:
 		s->c[RN_C_drop_link_down]++;
+		if (!g->told) {
+			g->told = 1;
+			g->broken = err;
+			s->notice = 1;
+		}
 		break;
 	default:
 		s->c[RN_C_drop_link_write]++;
 	}
+}
+
+/* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
+static int write_link(struct rn_stage *s, struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
+{
+	int err = g->link.fd < 0 ? -ENODEV : fits(g, eth, len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
+
+	if (err == -EAGAIN)
+		return 0;
+	if (err) {
+		refused(s, g, err);
+		return 1;
+	}
+	s->c[RN_C_frames_out]++;
+	s->c[RN_C_bytes_out] += len;
+	if (g->pcap)
+		rn_pcap_frame(g->pcap, eth, len);
 	return 1;
+}
+
+/* The end of a turn: what the link holds goes to the kernel. Negative: the link could not be watched. */
+static int flush_link(struct rn_stage *s, struct stage_guest_rx *g)
+{
+	int err = rn_link_flush(&g->link);
+
+	if (err == -EAGAIN)
+		return wait_writable(s, g);
+	if (err)
+		refused(s, g, err);
+	return 0;
 }
 
 /* One descriptor. 1: done with it; 0: the link is full, it stays in the ring. */
@@ -180,6 +212,8 @@ static int guest_rx_turn(struct rn_stage *s)
 	}
 	if (RN_UNLIKELY(im))
 		did += arrived(s, g, im, &err);
+	if (rn_link_held(&g->link) && !g->blocked && !err)
+		err = flush_link(s, g);
 	/* Frames wait, but for the link or the end of a stall: neighbours need not wake us. */
 	s->hold_input = (uint8_t)(g->blocked || closed);
 	if (g->pcap) {
@@ -199,6 +233,14 @@ static void guest_rx_event(struct rn_stage *s, uint32_t tag, uint32_t index, uin
 		g->blocked = 0;
 }
 
+/* Draining ends when the kernel has all. */
+static int guest_rx_drained(struct rn_stage *s)
+{
+	struct stage_guest_rx *g = s->priv;
+
+	return !rn_link_held(&g->link);
+}
+
 static void guest_rx_fini(struct rn_stage *s)
 {
 	struct stage_guest_rx *g = s->priv;
@@ -208,6 +250,7 @@ static void guest_rx_fini(struct rn_stage *s)
 		count_pcap(s, g);
 		rn_pcap_free(g->pcap);
 	}
+	rn_link_close(&g->link);
 	free(g);
 	s->priv = NULL;
 }
@@ -215,21 +258,55 @@ static void guest_rx_fini(struct rn_stage *s)
 static const struct rn_stage_ops guest_rx_ops = {
 	.turn = guest_rx_turn,
 	.event = guest_rx_event,
+	.drained = guest_rx_drained,
 	.fini = guest_rx_fini,
 };
+
+int stage_guest_rx_link(struct rn_stage *s, const struct rn_link *link)
+{
+	struct stage_guest_rx *g = s->priv;
+	struct rn_link fresh = *link;
+	int err;
+
+	if (link->frame_max < RN_ETH_HLEN || link->frame_max > RN_FRAME_MAX)
+		return rn_fail(s, -EINVAL, "guest_rx: largest frame of %u bytes is outside %u..%u", link->frame_max,
+			       RN_ETH_HLEN, RN_FRAME_MAX);
+	if (rn_link_open(&fresh))
+		return rn_fail(s, -ENOMEM, "guest_rx: out of memory");
+	if (fresh.fd >= 0) {
+		err = rn_stage_watch(s, fresh.fd, EPOLLOUT | EPOLLET, RN_EV(RN_TAG_LINK, 0));
+		if (err) {
+			rn_link_close(&fresh);
+			return err;
+		}
+	}
+	/* By hand: others have descriptors of the same socket, so that ours being closed would not do it. */
+	if (g->link.fd >= 0)
+		epoll_ctl(s->epfd, EPOLL_CTL_DEL, g->link.fd, NULL);
+	rn_link_close(&g->link);
+	g->link = fresh;
+	g->blocked = g->broken = g->told = 0;
+	return 0;
+}
+
+int stage_guest_rx_broken(struct rn_stage *s)
+{
+	struct stage_guest_rx *g = s->priv;
+	int err = g->broken;
+
+	g->broken = 0;
+	return err;
+}
 
 int stage_guest_rx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd)
 {
 	struct stage_guest_rx *g;
 	int err;
 
-	if (link->frame_max < RN_ETH_HLEN || link->frame_max > RN_FRAME_MAX)
-		return rn_fail(s, -EINVAL, "guest_rx: largest frame of %u bytes is outside %u..%u", link->frame_max,
-			       RN_ETH_HLEN, RN_FRAME_MAX);
 	g = calloc(1, sizeof(*g));
 	if (!g)
 		return rn_fail(s, -ENOMEM, "guest_rx: out of memory");
-	g->link = *link;
+	g->link.fd = -1;
 	if (pcap_fd >= 0) {
 		g->pcap = rn_pcap_new(pcap_fd, RN_PCAP_TO_GUEST, 0);
 		if (!g->pcap) {
@@ -237,13 +314,14 @@ int stage_guest_rx_init(struct rn_stage *s, const struct rn_link *link, int pcap
 			return rn_fail(s, -ENOMEM, "guest_rx: out of memory");
 		}
 	}
-	err = rn_stage_watch(s, link->fd, EPOLLOUT | EPOLLET, RN_EV(RN_TAG_LINK, 0));
+	s->priv = g;
+	err = stage_guest_rx_link(s, link);
 	if (err) {
 		rn_pcap_free(g->pcap);
 		free(g);
+		s->priv = NULL;
 		return err;
 	}
-	s->priv = g;
 	s->ops = &guest_rx_ops;
 	return 0;
 }

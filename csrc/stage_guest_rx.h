@@ -8,5 +8,8 @@
 /* CFFI BEGIN */
 /* As stage_guest_tx_init(). */
 int stage_guest_rx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd);
+int stage_guest_rx_link(struct rn_stage *s, const struct rn_link *link);
+/* As stage_guest_tx_broken(): the peer of a socket has left. */
+int stage_guest_rx_broken(struct rn_stage *s);
 /* CFFI END */
 #endif

@@ -18,7 +18,11 @@
  *
  * What is checked here is what needs no parsing: length, and the virtio-net header against the length.
  *
- * system calls: read, recv, getsockopt (link), write, fstat, lseek, ftruncate (capture)
+ * The link may be set anew while the stage runs: a virtual machine that was started again comes with a socket of its own.
+ * Without one (descriptor -1) there is nothing to read. A stream that lost its framing is of no more use; the stage stops
+ * reading it and tells its Python half once, which tells the supervisor.
+ *
+ * system calls: read, recv, getsockopt (link), epoll_ctl, write, fstat, lseek, ftruncate (capture)
  */
 #include "stage_guest_tx.h"
 
@@ -37,6 +41,7 @@ struct stage_guest_tx {
 	struct rn_buf *spare; /* large, the next frame is read into it; NULL: to be allocated */
 	int readable;	      /* 1: the link has not said EAGAIN since its last event */
 	int gone;	      /* 1: end of file, or the device is no more */
+	int broken;	      /* negative errno: why the link is of no more use; 0 when it was told */
 	uint64_t pcap_written, pcap_lost; /* as last taken over */
 };
 
@@ -66,6 +71,14 @@ static int read_failed(struct rn_stage *s, struct stage_guest_tx *t, int64_t err
 	case -EBADMSG:
 		s->c[RN_C_drop_runt]++;
 		break;
+	case -EPROTO: /* a stream whose next frame nobody can find */
+		s->c[RN_C_link_desync]++;
+		t->broken = (int)err;
+		t->gone = 1;
+		s->notice = 1;
+		return 0;
+	case -ENODATA: /* a stream that ended inside a frame, */
+	case -ECONNRESET: /* or whose peer left with our bytes unread */
 	case -EBADFD: /* the tap was deleted, */
 	case -EFAULT: /* or its queue taken away */
 	case -ENODEV:
@@ -223,6 +236,7 @@ static void guest_tx_fini(struct rn_stage *s)
 		rn_pcap_free(t->pcap);
 	}
 	rn_buf_free(&s->pool, t->spare);
+	rn_link_close(&t->link);
 	free(t);
 	s->priv = NULL;
 }
@@ -233,19 +247,53 @@ static const struct rn_stage_ops guest_tx_ops = {
 	.fini = guest_tx_fini,
 };
 
-int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd)
+int stage_guest_tx_link(struct rn_stage *s, const struct rn_link *link)
 {
-	struct stage_guest_tx *t;
+	struct stage_guest_tx *t = s->priv;
+	struct rn_link fresh = *link;
 	int err;
 
 	if (link->frame_max < RN_ETH_HLEN || link->frame_max > RN_FRAME_MAX)
 		return rn_fail(s, -EINVAL, "guest_tx: largest frame of %u bytes is outside %u..%u", link->frame_max,
 			       RN_ETH_HLEN, RN_FRAME_MAX);
+	if (rn_link_open(&fresh))
+		return rn_fail(s, -ENOMEM, "guest_tx: out of memory");
+	if (fresh.fd >= 0) {
+		err = rn_stage_watch(s, fresh.fd, EPOLLIN | EPOLLET, RN_EV(RN_TAG_LINK, 0));
+		if (err) {
+			rn_link_close(&fresh);
+			return err;
+		}
+	}
+	/* By hand: others have descriptors of the same socket, so that ours being closed would not do it. */
+	if (t->link.fd >= 0)
+		epoll_ctl(s->epfd, EPOLL_CTL_DEL, t->link.fd, NULL);
+	rn_link_close(&t->link);
+	t->link = fresh;
+	t->readable = fresh.fd >= 0; /* until it says otherwise: frames may wait already */
+	t->gone = fresh.fd < 0;
+	t->broken = 0;
+	return 0;
+}
+
+int stage_guest_tx_broken(struct rn_stage *s)
+{
+	struct stage_guest_tx *t = s->priv;
+	int err = t->broken;
+
+	t->broken = 0;
+	return err;
+}
+
+int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd)
+{
+	struct stage_guest_tx *t;
+	int err;
+
 	t = calloc(1, sizeof(*t));
 	if (!t)
 		return rn_fail(s, -ENOMEM, "guest_tx: out of memory");
-	t->link = *link;
-	t->readable = 1; /* until it says otherwise: frames may wait already */
+	t->link.fd = -1;
 	if (pcap_fd >= 0) {
 		t->pcap = rn_pcap_new(pcap_fd, RN_PCAP_FROM_GUEST, 0);
 		if (!t->pcap) {
@@ -253,13 +301,14 @@ int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap
 			return rn_fail(s, -ENOMEM, "guest_tx: out of memory");
 		}
 	}
-	err = rn_stage_watch(s, link->fd, EPOLLIN | EPOLLET, RN_EV(RN_TAG_LINK, 0));
+	s->priv = t;
+	err = stage_guest_tx_link(s, link);
 	if (err) {
 		rn_pcap_free(t->pcap);
 		free(t);
+		s->priv = NULL;
 		return err;
 	}
-	s->priv = t;
 	s->ops = &guest_tx_ops;
 	return 0;
 }

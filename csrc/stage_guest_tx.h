@@ -6,8 +6,12 @@
 #include "rn_stage.h"
 
 /* CFFI BEGIN */
-/* @link: copied; its fd, non-blocking, and @pcap_fd (O_APPEND, or -1: no capture) stay the caller's.
+/* @link: copied; its fd, non-blocking (-1: none yet), and @pcap_fd (O_APPEND, or -1: no capture) stay the caller's.
  * 0, -EINVAL, -ENOMEM, or what epoll_ctl says; rn_stage_error() has the text. */
 int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap_fd);
+/* From now on this link instead; the old one's descriptor may be closed then. On an error the old one stays. */
+int stage_guest_tx_link(struct rn_stage *s, const struct rn_link *link);
+/* Why the link is of no more use, a negative errno, told once; 0: it is of use. */
+int stage_guest_tx_broken(struct rn_stage *s);
 /* CFFI END */
 #endif

@@ -479,7 +479,7 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
         "guest_tx": link,
         "guest_rx": link,
         "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
-        "egress": {**seat, "offload": vnet and s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
+        "egress": {**seat, "offload": s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
                    "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path, "seed": s.seed,
                    "policy": s.policy_rules(), "proxy": through},

@@ -29,7 +29,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     gateway4: Ipv4
     gateway_mac: Mac
     mtu: Mtu
-    offload: bool  # the link has virtio-net headers: partial checksums and super-frames allowed
+    offload: bool  # partial checksums and super-frames: what the guest takes, or guest_rx's link finishes
     host_loopback: bool  # the gateway's address reaches the host's 127.0.0.1
     peek: Literal["auto", "offset", "discard"] = "auto"  # SO_PEEK_OFF, or peek past a discard buffer
     udp_max: Annotated[int, Meta(ge=1, le=65536)]  # UDP mappings; then the least recently used goes

@@ -22,7 +22,8 @@ PARTS = ("pipeline", "shm", "csrc", "tests", "tools", "docs", "pyproject.toml", 
 CC = "gcc -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 # What shows in minutes; tools/sanitize without arguments runs LONG.
 SHORT = ("tests/wire/test_tcp.py", "tests/unit/test_egress_flows.py", "tests/unit/test_link.py",
-         "tests/unit/test_reassembly.py", "tests/unit/test_services_stage.py")
+         "tests/unit/test_link_kinds.py", "tests/unit/test_gso.py", "tests/unit/test_reassembly.py",
+         "tests/unit/test_services_stage.py")
 # Not test_stage_loop.py: it builds its program with sanitizers of its own.
 LONG = ("tests/unit", "tests/property", "tests/wire", "tests/conformance", "tests/faults", "tests/e2e",
         "--ignore=tests/unit/test_stage_loop.py")

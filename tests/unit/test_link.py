@@ -2,6 +2,7 @@
 stage_guest_tx.c, stage_guest_rx.c)."""
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -256,6 +257,9 @@ def test_closed_peer_is_a_counted_drop(wire: Wire) -> None:
         wire.tx.send(VNET + frame(60))
     run(wire.guest_tx)
     wire.rx.close()
+    assert run(wire.guest_rx) == lib.RN_RUN_NOTICE  # told once, for whoever can bring another peer
+    assert lib.stage_guest_rx_broken(wire.guest_rx) == -errno.ECONNREFUSED
+    assert lib.stage_guest_rx_broken(wire.guest_rx) == 0
     assert run(wire.guest_rx) == lib.RN_RUN_CONTROL
     assert counts(wire.guest_rx) == {"frames_in": 3, "bytes_in": 180, "drop_link_down": 3}
     assert wire.rings[0].fill == 0
@@ -277,13 +281,13 @@ def test_end_of_file_of_a_packet_socket() -> None:
     a.close()
 
 
-def test_offloads_on_a_link_without_them_are_a_counted_drop() -> None:
-    """Our own error if it happens: a link that cannot finish a checksum must not get a frame that needs it."""
+def test_what_cannot_be_finished_is_a_counted_drop() -> None:
+    """Our own error if it happens: a header that asks for segments of what is no TCP, and a frame over the MTU."""
     with Wire() as w:
         out, sink = pair()
         rx = w.stage(5, inputs={0: w.rings[0]})
         assert lib.stage_guest_rx_init(rx, link(out, vnet=False, frame_max=1514), -1) == 0
-        for s in (PARTIAL + frame(60), TSO + frame(3000), VNET + frame(1515), VNET + frame(1514)):
+        for s in (TSO + frame(3000), VNET + frame(1515), PARTIAL + frame(1515), VNET + frame(1514)):
             w.tx.send(s)
         run(w.guest_tx)
         run(rx)
@@ -306,7 +310,7 @@ def test_bad_descriptor_towards_the_guest(wire: Wire) -> None:
 def test_init_says_what_is_wrong(init: Callable[..., int], bad: dict[str, int], text: str) -> None:
     s = lib.rn_stage_new(0, 0)
     try:
-        assert init(s, link(-1, **bad), -1) < 0
+        assert init(s, link(1 << 20, **bad), -1) < 0  # no such descriptor
         assert text in error(s)
         lib.rn_stage_fini(s)
     finally:
