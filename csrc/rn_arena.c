@@ -354,6 +354,55 @@ void rn_buf_free(struct rn_pool *p, struct rn_buf *b)
 	}
 }
 
+/**
+ * rn_pool_sweep() - Give back what the dead generation of this stage held of other stages' parts
+ * @p:		Pool handle of its successor
+ * @served:	Descriptors in its input rings: theirs stay
+ * @n:		How many
+ *
+ * A buffer is known by its holder word, which a producer sets just before it publishes (rn_stage_publish()): at
+ * worst one that is being published in this moment is taken too, and its descriptor is then refused by
+ * rn_buf_of() once the buffer has been used anew. (The own part is rn_pool_attach()'s.)
+ *
+ * Return: buffers given back, or -ENOMEM.
+ */
+int rn_pool_sweep(struct rn_pool *p, const struct rn_desc *served, uint32_t n)
+{
+	uint32_t base[RN_STAGES_MAX + 1] = { 0 };
+	uint8_t *stays;
+	int swept = 0;
+
+	for (uint32_t i = 0; i < p->nparts; i++)
+		base[i + 1] = base[i] + p->view[i].nsmall + p->view[i].nlarge;
+	stays = calloc(base[p->nparts] + 1, 1);
+	if (!stays)
+		return -ENOMEM;
+	for (uint32_t k = 0; k < n; k++) {
+		enum rn_buf_class cls;
+		uint32_t part, index;
+		uint64_t start;
+
+		if (locate(p, served[k].off, &part, &index, &start, &cls))
+			stays[base[part] + index] = 1;
+	}
+	for (uint32_t i = 0; i < p->nparts; i++) {
+		const struct rn_part_view *v = &p->view[i];
+
+		for (uint32_t k = 0; (int)i != p->part && k < v->nsmall + v->nlarge; k++) {
+			uint64_t off = k < v->nsmall ? v->small_off + (uint64_t)k * RN_BUF_SMALL :
+						       v->large_off + (uint64_t)(k - v->nsmall) * RN_BUF_LARGE;
+			struct rn_buf *b = (struct rn_buf *)(p->base + off);
+
+			if (stays[base[i] + k] || atomic_load_explicit(&b->holder, memory_order_relaxed) != p->me + 1)
+				continue;
+			rn_buf_free(p, b);
+			swept++;
+		}
+	}
+	free(stays);
+	return swept;
+}
+
 uint32_t rn_pool_free(struct rn_pool *p, enum rn_buf_class cls)
 {
 	if (p->part < 0)

@@ -119,6 +119,10 @@ struct rn_buf *rn_buf_alloc(struct rn_pool *p, enum rn_buf_class cls);
 /* Give a buffer back, from whichever stage. */
 void rn_buf_free(struct rn_pool *p, struct rn_buf *b);
 
+/* For a successor: give back what the dead generation held of other stages' parts. What it still is to serve, its
+ * input rings' @n descriptors, stays. Returns how many buffers. -ENOMEM. */
+int rn_pool_sweep(struct rn_pool *p, const struct rn_desc *served, uint32_t n);
+
 /* CFFI BEGIN */
 struct rn_pool; /* opaque to Python: rn_handle.h makes them */
 

@@ -312,6 +312,35 @@ void rn_ring_consume(struct rn_ring_rx *rx, uint32_t n)
 }
 
 /**
+ * rn_ring_rx_keep() - Take out of a ring what the last consumer had dealt with
+ * @rx:		Consumer handle, fresh from rn_ring_rx_attach()
+ * @keep:	1: the descriptor is still to be served
+ * @ctx:	Passed to it
+ *
+ * The slots between head and tail are the consumer's until head moves, so they may be moved together: towards the
+ * tail, so that head can then pass those that left.
+ *
+ * Return: how many left; -EPROTO if the producer's tail is impossible.
+ */
+int rn_ring_rx_keep(struct rn_ring_rx *rx, int (*keep)(void *ctx, const struct rn_desc *d), void *ctx)
+{
+	int ready = ready_now(rx);
+	uint64_t to = rx->tail_seen;
+
+	if (ready < 0)
+		return ready;
+	for (uint64_t from = to; from-- != rx->head;) {
+		struct rn_desc d = rx->ring->slots[from & (rx->nslots - 1)];
+
+		if (keep(ctx, &d))
+			rx->ring->slots[--to & (rx->nslots - 1)] = d;
+	}
+	ready = (int)(to - rx->head);
+	rn_ring_consume(rx, (uint32_t)ready);
+	return ready;
+}
+
+/**
  * rn_ring_rx_arm() - Announce that the consumer is about to block
  * @rx:		Consumer handle
  *

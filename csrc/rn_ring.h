@@ -74,6 +74,10 @@ struct rn_ring_rx {
 	uint64_t wakes;
 };
 
+/* For the consumer's successor, before its first peek: of what waits only what @keep says 1 to stays, in order.
+ * Returns how many left. -EPROTO as rn_ring_peek(). */
+int rn_ring_rx_keep(struct rn_ring_rx *rx, int (*keep)(void *ctx, const struct rn_desc *d), void *ctx);
+
 /* CFFI BEGIN */
 /* Bytes of shared memory that a ring of @nslots needs; 0 if @nslots is not a power of two in range. */
 uint64_t rn_ring_size(uint32_t nslots);

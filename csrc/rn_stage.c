@@ -225,6 +225,53 @@ int rn_stage_set_control(struct rn_stage *s, int fd)
 	return err;
 }
 
+int rn_stage_set_wake(struct rn_stage *s, int fd)
+{
+	return rn_stage_watch(s, fd, EPOLLIN, RN_EV(RN_TAG_CONTROL, 1));
+}
+
+/* Is a descriptor of ours still to be served? A buffer that was handed on, or freed, is another's or nobody's. */
+static int unserved(void *ctx, const struct rn_desc *d)
+{
+	const struct rn_stage *s = ctx;
+	const struct rn_buf *b = rn_buf_of(&s->pool, d);
+
+	return b && atomic_load_explicit(&b->holder, memory_order_relaxed) == s->row + 1;
+}
+
+/**
+ * rn_stage_recover() - Begin where a killed generation stopped
+ * @s:		Successor, all granted, nothing served yet
+ *
+ * The head of an input ring moves only after its burst was handed on, so a kill in between would have the burst
+ * served twice, by then from buffers that may be somebody else's.
+ *
+ * Return: 0, or a negative errno with rn_stage_error() set.
+ */
+int rn_stage_recover(struct rn_stage *s)
+{
+	struct rn_desc *served;
+	uint32_t n = 0, room = 0;
+	int ready, swept;
+
+	for (uint32_t i = 0; i < s->nin; i++) {
+		if (rn_ring_rx_keep(&s->in[i], unserved, s) < 0)
+			return rn_fail(s, -EPROTO, "input ring from stage row %u: tail is impossible", s->in_row[i]);
+		room += s->in[i].nslots;
+	}
+	served = calloc(room + 1, sizeof(*served));
+	if (!served)
+		return rn_fail(s, -ENOMEM, "out of memory");
+	for (uint32_t i = 0; i < s->nin; i++) {
+		ready = rn_ring_peek(&s->in[i], s->in[i].nslots);
+		for (int k = 0; k < ready; k++)
+			served[n++] = rn_ring_at(&s->in[i], (uint32_t)k);
+	}
+	swept = rn_pool_sweep(&s->pool, served, n);
+	free(served);
+	return swept < 0 ? rn_fail(s, swept, "out of memory") : 0;
+}
+
 int rn_stage_watch(struct rn_stage *s, int fd, uint32_t events, uint64_t data)
 {
 	struct epoll_event ev = { .events = events, .data.u64 = data };
@@ -265,6 +312,16 @@ static void publish_counters(struct rn_stage *s)
 		atomic_store_explicit(&s->cell->counters[i], s->c[i], memory_order_relaxed);
 }
 
+/* The buffers become the consumer's, then their slots visible: a stage that is killed in between had handed nothing on,
+ * and its successor finds them with the input they came from, or as its own (rn_stage_recover()). */
+static void publish(struct rn_stage *s, uint32_t role)
+{
+	for (uint32_t n = 0; n < s->nuntold[role]; n++)
+		atomic_store_explicit(&s->untold[role][n]->holder, s->out_row[role] + 1, memory_order_relaxed);
+	s->nuntold[role] = 0;
+	rn_ring_publish(&s->out[role]);
+}
+
 /* Into the ring; not visible before it is published. */
 static void put(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, uint32_t len, uint16_t flags)
 {
@@ -275,7 +332,9 @@ static void put(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *e
 		.gen = (uint16_t)b->gen,
 	};
 
-	atomic_store_explicit(&b->holder, s->out_row[role] + 1, memory_order_relaxed);
+	if (RN_UNLIKELY(s->nuntold[role] == RN_UNTOLD))
+		publish(s, (uint32_t)role);
+	s->untold[role][s->nuntold[role]++] = b;
 	rn_ring_put(&s->out[role], &d);
 }
 
@@ -394,7 +453,7 @@ void rn_stage_publish(struct rn_stage *s)
 {
 	for (uint32_t i = 0; i < RN_NROLES; i++)
 		if (s->has_out[i])
-			rn_ring_publish(&s->out[i]);
+			publish(s, i);
 }
 
 void rn_stage_fini(struct rn_stage *s)

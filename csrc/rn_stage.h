@@ -52,6 +52,12 @@ int rn_stage_set_bell(struct rn_stage *s, uint32_t row, int fd); /* the stage's 
 int rn_stage_add_input(struct rn_stage *s, void *mem, uint64_t size, uint32_t producer_row);
 int rn_stage_add_output(struct rn_stage *s, int role, void *mem, uint64_t size, uint32_t consumer_row);
 int rn_stage_set_control(struct rn_stage *s, int fd);
+/* Readable when a signal came that Python is to handle: rn_stage_run() returns RN_RUN_CONTROL. A signal that comes just
+ * before the loop blocks interrupts nothing. */
+int rn_stage_set_wake(struct rn_stage *s, int fd);
+/* For a successor, after the grants: what its dead generation had handed on already leaves the input rings, and what it
+ * held in no ring goes back to its owner. */
+int rn_stage_recover(struct rn_stage *s);
 /* For tests of the network: a bad wire (rn_impair.h) between this stage and output @where (enum rn_role); or,
  * for @where == RN_IMPAIR_LINK and a stage that has one, between it and its link. After the outputs. */
 #define RN_IMPAIR_LINK 5 /* RN_NROLES */
@@ -68,6 +74,7 @@ void rn_stage_fini(struct rn_stage *s); /* the kind's fini, counters published *
 /* CFFI END */
 
 #define RN_INPUTS_MAX 6
+#define RN_UNTOLD 64 /* slots put at most before an output is published */
 
 /* epoll_event.data.u64 = tag << 32 | index */
 enum rn_tag { RN_TAG_BELL = 0, RN_TAG_CONTROL, RN_TAG_LINK, RN_TAG_FLOW, RN_TAG_OTHER, RN_TAG_LISTEN, RN_TAG_PROXY };
@@ -98,6 +105,8 @@ struct rn_stage {
 	struct rn_ring_tx out[RN_NROLES];
 	uint32_t out_row[RN_NROLES]; /* consumer's stage row */
 	uint8_t has_out[RN_NROLES];
+	struct rn_buf *untold[RN_NROLES][RN_UNTOLD]; /* of slots put and not yet published: ours until then */
+	uint32_t nuntold[RN_NROLES];
 	uint8_t want_room[RN_NROLES]; /* turn() sets: I stopped for room in this output; RN_WANT_TIME: for its wire */
 	uint8_t want_buf;	      /* turn() sets: I stopped for a buffer of my own part */
 	uint8_t hold_input;	      /* turn() sets: I will not read inputs until room or buffers appear */

@@ -9,7 +9,11 @@ def main() -> int:
     if sys.argv[1:2] == ["stage"]:
         from pipeline.stage import main as stage
 
-        return int(stage(sys.argv[2:]))
+        if "--control-fd" in sys.argv:
+            return int(stage(sys.argv[2:]))
+        from pipeline.by_hand import main as by_hand
+
+        return by_hand(sys.argv[2:], stage)
     from pipeline.cli import main as command
 
     return command(sys.argv[1:])

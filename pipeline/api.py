@@ -174,6 +174,11 @@ class StatisticsInfo(Struct, frozen=True, kw_only=True):
     rings: list[RingInfo]
 
 
+class Seat(Struct, frozen=True, kw_only=True):
+    session: str
+    generation: int
+
+
 class FlowInfo(Struct, frozen=True, kw_only=True):
     flow: str  # "INDEX.GENERATION": names this flow and no later one
     proto: str
@@ -367,6 +372,29 @@ class CancelNic(Call, kw_only=True):
     nic: Literal["nic1", "nic2"] = "nic1"
 
 
+class StageHold(Call, kw_only=True):
+    """Free a stage's seat, for `ringnet stage`; its process leaves between two bursts of frames."""
+
+    call = "stage.hold"
+    stage: str
+
+
+class StageRelease(Call, kw_only=True):
+    """Let the session fill a held seat again."""
+
+    call = "stage.release"
+    stage: str
+
+
+class StageTake(Call, kw_only=True):
+    """Become a stage: the caller's process takes a held seat. With the reply comes a descriptor (SCM_RIGHTS), the stage's
+    control socket; what is said there is in pipeline/messages.py."""
+
+    call = "stage.take"
+    result = Seat
+    stage: str
+
+
 EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "flow-refused", "lease-given"]
 
 
@@ -381,7 +409,8 @@ EVENTS: tuple[str, ...] = get_args(EventName)
 
 CALLS: dict[str, type[Call]] = {c.call: c for c in (
     ForwardsAdd, ForwardsRemove, ForwardsReplace, ForwardsList, HostsAdd, HostsRemove, HostsReplace, HostsList,
-    GetStatus, Stages, Statistics, FlowsList, FlowsClose, Policy, Log, CancelNic, Subscribe)}
+    GetStatus, Stages, Statistics, FlowsList, FlowsClose, Policy, Log, CancelNic, StageHold, StageRelease, StageTake,
+    Subscribe)}
 
 
 # --- events --------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def parser() -> Parser:
                                      description="Print a script that completes ringnet's commands and options:"
                                                  " source <(ringnet completion bash)")
     completion.add_argument("shell", choices=["bash", "zsh"])
-    commands.add_parser("stage", help="one stage alone, as the supervisor starts it: stage NAME --control-fd N")
+    commands.add_parser("stage", help="be a stage of a running session, by hand: stage NAME --session S")
     return top
 
 

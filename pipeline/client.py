@@ -5,6 +5,7 @@ Blocking, one thread. For other languages: docs/control-api.md; it is JSON lines
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,12 +56,15 @@ class Client:
         self._buffer = bytearray()
         self._events: deque[api.AnyEvent] = deque()
         self._id = 0
+        self.fds: list[int] = []  # descriptors that came with replies: whoever asked takes them out
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def close(self) -> None:
         self._sock.close()
+        while self.fds:
+            os.close(self.fds.pop())
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +128,8 @@ class Client:
         while (end := self._buffer.find(b"\n", start)) < 0:
             start = len(self._buffer)
             try:
-                data = self._sock.recv(1 << 16)
+                data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+                self.fds += fds
             except TimeoutError:
                 if self._sock.gettimeout() != self._timeout:
                     raise  # the caller's, of events()

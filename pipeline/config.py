@@ -217,6 +217,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     seed: Annotated[int, _opt("for tests: repeatable sequence numbers; 0 is random", "", "N", ge=0)] = 0
     impair: Annotated[tuple[str, ...], _opt("for tests: a bad wire at up, down or a ring, like up:drop=0.01,delay=5ms;"
                                             " may be repeated", "", "SPEC", max_length=16)] = ()
+    hold: Annotated[tuple[str, ...], _opt("leave this stage's seat empty, to be taken by hand: `ringnet stage`"
+                                          " (docs/debugging.md); may be repeated", "", "STAGE", max_length=8)] = ()
+    restarts: Annotated[int, _opt("how often within a minute a stage that died is started again; 0: its end is the"
+                                  " session's", "", "N", ge=0, le=1000)] = 5
     stats: Annotated[bool, _opt("print each stage's counters at the end")] = False
     quiet: Annotated[bool, _opt("print errors only", "q")] = False
     debug: Annotated[bool, _opt("print what happens, and --stats", "d")] = False
@@ -412,6 +416,12 @@ def check(s: Settings) -> Settings:
         for a in addresses:
             _ip(f"hosts {name}={a}:", a)
     check_ifname("ifname", s.ifname)
+    names = [stage.name for stage in TOPOLOGY.only(frozenset({Feature.NIC1})).stages]
+    for name in s.hold:
+        if name not in names:
+            raise ConfigError(f"--hold {name}: no such stage; there are {', '.join(names)}")
+    if s.hold and s.api_socket == "none":
+        raise ConfigError("--hold needs the control API, which --api-socket none turns off")
     if s.session and not re.match(SESSION_NAME, s.session):
         raise ConfigError(f"--session {s.session}: not a name (letters, digits, '.', '_' and '-', at most 48)")
     proto: Proto

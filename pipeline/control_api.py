@@ -39,6 +39,7 @@ from pipeline.forwards import check as check_forward
 from pipeline.forwards import parse as parse_forwards
 from pipeline.hosts_book import Delta, HostsBook, NotThere
 from pipeline.messages import CloseFlow, HostsChange, Notices
+from pipeline.seats import SeatError
 from pipeline.session_dir import Listening
 from pipeline.supervisor import Session
 
@@ -112,6 +113,12 @@ def _parts(delta: Delta) -> Iterator[HostsChange]:
     yield HostsChange(names=names, own=tuple(own), disown=tuple(disown))
 
 
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """(process, user) of the other end, as of its connect()."""
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
+
+
 def _hung_up(sock: socket.socket) -> bool:
     """Did the peer close its end whole, not only for writing?"""
     p = select.poll()
@@ -134,6 +141,7 @@ class Client:
         self.gone = False
         self.events: frozenset[str] = frozenset()
         self.lost = 0
+        self.give: list[int] = []  # descriptors that go with the next bytes sent
 
 
 class ControlApi:
@@ -160,7 +168,8 @@ class ControlApi:
             api.HostsReplace: self._hosts_replace, api.HostsList: self._hosts_list,
             api.GetStatus: self._status, api.Stages: self._stages, api.Statistics: self._statistics,
             api.FlowsList: self._flows_list, api.FlowsClose: self._flows_close, api.Policy: self._policy, api.Log: self._log,
-            api.CancelNic: self._cancel, api.Subscribe: self._subscribe,
+            api.CancelNic: self._cancel, api.Subscribe: self._subscribe, api.StageHold: self._stage_hold,
+            api.StageRelease: self._stage_release, api.StageTake: self._stage_take,
         }
         try:
             self.listening = Listening(name, path)
@@ -169,10 +178,12 @@ class ControlApi:
             raise
         session.watch(self.listening.sock.fileno(), self._accept)
         session.listeners.append(self._happened)
+        session.seats.listeners.append(self._seated)
 
     def close(self) -> None:
         """Say what can be said without waiting, and let go. The session must not be closed yet."""
         self.session.listeners.remove(self._happened)
+        self.session.seats.listeners.remove(self._seated)
         self.session.unwatch(self.listening.sock.fileno())
         self.listening.close()
         for client in list(self.clients):
@@ -196,8 +207,7 @@ class ControlApi:
                     self.listening.sock.accept()[0].close()
                 self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
                 return
-            uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-            if uid not in (0, os.geteuid()):  # the file's mode says so already, but for who got the descriptor
+            if _peer(sock)[1] not in (0, os.geteuid()):  # the file's mode says so already, but for who got the descriptor
                 sock.close()
                 continue
             sock.setblocking(False)
@@ -219,6 +229,8 @@ class ControlApi:
         self.clients.remove(client)
         self.session.unwatch(client.sock.fileno())
         client.sock.close()
+        while client.give:
+            os.close(client.give.pop())
         self._want_notices()
 
     def _takes(self, client: Client) -> bool:
@@ -316,7 +328,12 @@ class ControlApi:
     def _flush(self, client: Client) -> None:
         while client.out:
             try:
-                sent = client.sock.send(memoryview(client.out)[:SEND])
+                if client.give:
+                    sent = socket.send_fds(client.sock, [memoryview(client.out)[:SEND]], client.give)
+                    while client.give:
+                        os.close(client.give.pop())
+                else:
+                    sent = client.sock.send(memoryview(client.out)[:SEND])
             except BlockingIOError:
                 return
             except OSError:
@@ -598,6 +615,35 @@ class ControlApi:
             raise ApiError(Code.UNSUPPORTED, "nic: this session has no NIC2")
         self.session.end("cancelled through the control API")
         return api.Nothing()
+
+    @staticmethod
+    def _seat(do: Callable[[], _Item]) -> _Item:
+        """Raises ApiError."""
+        try:
+            return do()
+        except SeatError as e:
+            raise ApiError(Code.NOT_FOUND if e.missing else Code.CONFLICT, f"stage: {e}") from None
+
+    def _stage_hold(self, client: Client, call: api.StageHold, done: Done) -> api.Nothing:
+        self._seat(lambda: self.session.seats.hold(call.stage))
+        return api.Nothing()
+
+    def _stage_release(self, client: Client, call: api.StageRelease, done: Done) -> api.Nothing:
+        self._seat(lambda: self.session.seats.release(call.stage))
+        return api.Nothing()
+
+    def _stage_take(self, client: Client, call: api.StageTake, done: Done) -> api.Seat:
+        with self._seat(lambda: self.session.seats.take(call.stage, _peer(client.sock)[0])) as theirs:
+            client.give.append(os.dup(theirs.fileno()))
+        return api.Seat(session=self.name, generation=self.session.child(call.stage).generation)
+
+    def _seated(self, stage: str) -> None:
+        """Session.seats.listeners: a successor knows nothing of what its predecessor was told."""
+        if self._notices and stage in ("egress", "services"):
+            self.session.ask(stage, Notices(on=True), lambda error: None)
+        if stage == "services":
+            for part in _parts(self.book.whole(self.session.settings.hosts_table())):
+                self.session.ask(stage, part, lambda error: None)
 
     def _subscribe(self, client: Client, call: api.Subscribe, done: Done) -> api.Nothing:
         client.events = frozenset(call.events if call.events is not None else api.EVENTS)

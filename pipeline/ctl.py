@@ -16,6 +16,7 @@ from pipeline import api, session_dir
 from pipeline.api import ApiError
 from pipeline.client import Client, ClientError, find
 from pipeline.messages import Exit, Level
+from pipeline.seats import by_hand
 from pipeline.text import duration, size, table
 
 EPILOG = "exit status: 0 done; 1 refused, or no such session; 2 usage"
@@ -90,6 +91,10 @@ def parser() -> Parser:
     p = add(commands, "close", close, "end one flow; a TCP connection is reset on both sides")
     p.add_argument("flow", metavar="FLOW", help="as `flows` names it, like 12.3")
     add(commands, "policy", policy, "what may be called, out and in, and how often that was refused")
+    p = add(commands, "hold", hold, "free a stage's seat, to take it by hand (ringnet stage NAME)")
+    p.add_argument("stage", metavar="STAGE")
+    p = add(commands, "release", release, "let the session fill a held seat again")
+    p.add_argument("stage", metavar="STAGE")
     p = add(commands, "log", log, "how much the session says on standard error")
     p.add_argument("level", choices=get_args(Level))
     p = add(commands, "events", events, "what happens, as it happens")
@@ -265,6 +270,17 @@ def policy(client: Client, args: argparse.Namespace, out: Output) -> None:
 
 def log(client: Client, args: argparse.Namespace, out: Output) -> None:
     out.show(client.call(api.Log(level=args.level)), None)
+
+
+def hold(client: Client, args: argparse.Namespace, out: Output) -> None:
+    client.call(api.StageHold(stage=args.stage))
+    name = client.call(api.GetStatus()).session
+    commands = "\n".join(f"{what:<17} {command}" for what, command in by_hand(args.stage, name))
+    out.show(api.Nothing(), f"take its seat, as often as you like:\n{commands}")
+
+
+def release(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.StageRelease(stage=args.stage)), None)
 
 
 def cancel(client: Client, args: argparse.Namespace, out: Output) -> None:

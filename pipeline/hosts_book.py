@@ -105,6 +105,13 @@ class HostsBook:
                      told_own=tuple(d for d in own if d not in self.domains),
                      told_disown=tuple(d for d in disown if len(self.domains[d]) == 1))
 
+    def whole(self, known: Mapping[str, Iterable[str]]) -> Delta:
+        """All there is, for a services that was started with the names of `known`."""
+        told: dict[str, Addresses] = {one_name(n): () for n in known}
+        told |= {n: _union(owners) for n, owners in self.names.items()}
+        return Delta(owner="", set={}, drop=(), own=(), disown=(), told=told, told_own=tuple(self.domains),
+                     told_disown=())
+
     def commit(self, delta: Delta) -> None:
         owner = delta.owner
         for name, addresses in delta.set.items():

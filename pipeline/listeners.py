@@ -188,6 +188,10 @@ class Listeners:
             f = msgspec.structs.replace(f, host_port=sock.getsockname()[1])
         fresh.append(Held(self._rule(), f, sock))
 
+    def again(self) -> Iterator[tuple[ForwardsChange, list[int]]]:
+        """All there is, for an egress that knows of none."""
+        return Change(self, list(self.held.values()), [], [], []).messages(close_flows=False)
+
     def close(self) -> None:
         for h in self.held.values():
             h.sock.close()

@@ -17,12 +17,13 @@ beside it by SCM_RIGHTS in the order the message names them (unix(7), cmsg(3)).
         |<----------------------- Answer(seq, error) --|
         |<------------- Leased, Refused: unasked ------|  after Notices(on)
         |-- Cancel(deadline) ----------------------->|  drain, end             cancelled  sources first
+        |-- Leave ---------------------------------->|  end as it stands       leaving
         |<------------------- Ended(reason, counters) --|                       ended, then exit 0
         |<---------------------------- Failed(error) --|                        failed, then exit 1
 
 Forbidden: Start before every stage is ready; Start to a stage while one it hands frames to is not running;
 Cancel to a stage while a stage that feeds it still runs (unless the session already failed: then all at
-once). From every state a stage may die; the supervisor sees the process end (pidfd), a stage sees its
+once). A successor (pipeline/seats.py) goes through the same states, but is started while its neighbours run. From every state a stage may die; the supervisor sees the process end (pidfd), a stage sees its
 supervisor end (EOF on control, and PR_SET_PDEATHSIG). tests/model/test_lifecycle_model.py walks it all.
 """
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Configure(Message, kw_only=True):
     version: int
     stage: str
     row: Annotated[int, Meta(ge=0, lt=8)]
-    generation: Annotated[int, Meta(ge=0)]  # 0: the first; a successor of a dead stage counts up
+    generation: Annotated[int, Meta(ge=0)]  # 1: the first; a successor counts up, and recovers what was left
     session_size: int
     arena_size: int
     has_part: bool  # owns frame buffers
@@ -127,6 +128,10 @@ class Running(Message):
 
 class Cancel(Message):
     drain_ms: Annotated[int, Meta(ge=0)]  # after that the supervisor sends SIGTERM
+
+
+class Leave(Message):
+    """End now, between two bursts, without emptying rings: a successor goes on (pipeline/seats.py)."""
 
 
 class Ended(Message):
@@ -231,7 +236,7 @@ class Refused(Message):
 
 
 FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused
-ToStage = Configure | Start | Cancel | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
+ToStage = Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()

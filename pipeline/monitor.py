@@ -53,7 +53,7 @@ def stage_facts(session: Session) -> list[StageFacts]:
             name=name, pid=child.pid, state=state,
             frames_in=all_counters.get("frames_in", 0), bytes_in=all_counters.get("bytes_in", 0),
             frames_out=all_counters.get("frames_out", 0), bytes_out=all_counters.get("bytes_out", 0),
-            cpu_s=cpu_seconds(child.pid) if child.alive else child.cpu_s,
+            cpu_s=child.cpu_s + (cpu_seconds(child.pid) if child.alive else 0.0),  # with its predecessors'
             drops={n.removeprefix("drop_"): v for n, v in counters.items()
                    if n.startswith(("drop_", "impair_dropped"))},
             counters=counters,

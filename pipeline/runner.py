@@ -157,7 +157,8 @@ def _pid_file(path: str) -> Iterator[None]:
 def _session(settings: Settings, tap: GuestLink, gone: Callable[[], None]) -> Session:
     """A session on the tap; gone: what to do when the interface is removed."""
     link = Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname, tables=tap.tables)
-    session = Session(settings, link=link, log=say if settings.debug else None, warn=say)
+    session = Session(settings, link=link, log=say if settings.debug else None, warn=say,
+                      name=settings.session or str(os.getpid()))
 
     def changed() -> None:
         if tap.index in netlink.links_removed(tap.events):
@@ -175,7 +176,7 @@ def _control(settings: Settings, session: Session) -> Iterator[None]:
         yield
         return
     try:
-        api = ControlApi(session, name=settings.session or str(os.getpid()), path=settings.api_socket)
+        api = ControlApi(session, name=session.name, path=settings.api_socket)
     except SessionDirError as e:
         if settings.session or settings.api_socket:
             raise SessionError(Exit.RUNTIME, str(e)) from e
@@ -187,6 +188,12 @@ def _control(settings: Settings, session: Session) -> Iterator[None]:
         yield
     finally:
         api.close()
+
+
+def _invite(session: Session, what: str) -> None:
+    """Say how to take the seats that --hold left empty."""
+    if text := session.seats.invitation():
+        say(f"{text}\nringnet: {what} when every held seat was taken once")
 
 
 def _report(settings: Settings, session: Session) -> None:
@@ -284,7 +291,8 @@ class Run:
                 stack.callback(self.session.stop)
                 stack.enter_context(_control(s, self.session))
                 stack.enter_context(_pid_file(s.pid))
-                self.guest.line.send(Go())
+                _invite(self.session, "the command starts")
+                self.session.seats.when_whole(lambda: self.guest.line.send(Go()))
                 result = self._serve()
             except Stopped as e:
                 return 128 + e.signum
@@ -395,11 +403,8 @@ class Attach:
                 stack.callback(self.session.stop)
                 stack.enter_context(_control(s, self.session))
                 stack.enter_context(_pid_file(s.pid))
-                if self.config_net:
-                    self.session.watch(self.guest.line.fileno(), self._heard)
-                    self.guest.line.send(Go())
-                else:
-                    self._ready()
+                _invite(self.session, "the guest is configured, and --ready-fd told,")
+                self.session.seats.when_whole(self._go)
                 result = self.session.run()
             except Stopped:
                 return int(Exit.OK)
@@ -411,6 +416,13 @@ class Attach:
             _report(s, self.session)
             _failed(result)
             return int(result.code)
+
+    def _go(self) -> None:
+        if self.config_net:
+            self.session.watch(self.guest.line.fileno(), self._heard)
+            self.guest.line.send(Go())
+        else:
+            self._ready()
 
     def _watch_exit_fd(self) -> None:
         try:

@@ -33,6 +33,7 @@ from pipeline.messages import (
     Ended,
     Failed,
     Hello,
+    Leave,
     LogLevel,
     Message,
     MessageError,
@@ -90,7 +91,8 @@ class StageContext:
     granted to it already. draining: a Cancel came; end when nothing is left to move.
     """
 
-    def __init__(self, channel: Channel, conf: Configure, fds: dict[str, int]) -> None:
+    def __init__(self, channel: Channel, conf: Configure, fds: dict[str, int], wake: int = -1) -> None:
+        """wake: becomes readable when a signal came (signal.set_wakeup_fd)."""
         self.name = conf.stage
         self.row = conf.row
         self.generation = conf.generation
@@ -98,6 +100,7 @@ class StageContext:
         self.drain_ms = 0
         # What a stage does when asked: returns "" or why it did not. Descriptors that came with it are its own then.
         self.handlers: dict[type[Ask], Callable[[Any, list[int]], str]] = {LogLevel: self._set_log_level}
+        self.wake = wake
         self._channel = channel
         self._running = False
 
@@ -127,9 +130,13 @@ class StageContext:
             mem = take(f"out:{end.ring}", end.size)
             _check(lib.rn_stage_add_output(self.stage, end.role, *mem, end.row), f"ring {end.ring}", self.stage)
         _check(lib.rn_stage_set_control(self.stage, channel.fileno()), "control", self.stage)
+        if wake >= 0:
+            _check(lib.rn_stage_set_wake(self.stage, wake), "signals", self.stage)
         for i in conf.impair:
             spec = ffi.new("struct rn_impair_spec *", i.spec())
             _check(lib.rn_stage_set_impair(self.stage, i.output, spec), f"--impair {i.place}", self.stage)
+        if conf.generation > 1:
+            _check(lib.rn_stage_recover(self.stage), "what the last generation left", self.stage)
         self.fds = fds
 
     def control_fileno(self) -> int:
@@ -170,6 +177,8 @@ class StageContext:
                     self.drain_ms = ms
                     lib.rn_stage_state(self.stage, lib.RN_ST_DRAINING)
                     lib.rn_stage_drain(self.stage)
+                case Leave():
+                    return self.ended("left the seat")
                 case Ping(seq=seq):
                     self.send(Pong(seq=seq))
                 case Ask() as ask if handler := self.handlers.get(type(ask)):
@@ -256,7 +265,7 @@ def _drop_rights() -> None:
 
 def _on_term(signum: int, frame: object) -> NoReturn:
     signal.signal(signum, signal.SIG_IGN)
-    raise Terminated
+    raise Terminated(signal.Signals(signum).name)
 
 
 def _raise_nofile() -> None:
@@ -266,12 +275,12 @@ def _raise_nofile() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def serve(name: str, channel: Channel) -> Ended:
+def serve(name: str, channel: Channel, wake: int = -1) -> Ended:
     """The whole life of a stage, up to what it has to say at its end. Raises StageError, MessageError, Orphaned,
     Terminated, and whatever the stage raises."""
     channel.send(Hello(version=VERSION, stage=name, pid=os.getpid()))
     conf, fds = _receive(channel)
-    if isinstance(conf, Cancel):
+    if isinstance(conf, (Cancel, Leave)):
         return Ended(reason="cancelled before it was configured")
     if not isinstance(conf, Configure):
         raise MessageError(f"expected Configure, got {type(conf).__name__}")
@@ -284,7 +293,7 @@ def serve(name: str, channel: Channel) -> Ended:
         raise StageError(f"configuration: {e}") from e
     if conf.flows_size:
         _raise_nofile()
-    ctx = StageContext(channel, conf, dict(zip(conf.fds, fds, strict=True)))
+    ctx = StageContext(channel, conf, dict(zip(conf.fds, fds, strict=True)), wake)
     if (acquire := getattr(module, "acquire", None)) is not None:
         acquire(cfg, ctx)
     _drop_rights()
@@ -294,15 +303,15 @@ def serve(name: str, channel: Channel) -> Ended:
         message, _ = _receive(channel)
         if isinstance(message, Start):
             break
-        if isinstance(message, Cancel):
+        if isinstance(message, (Cancel, Leave)):
             return Ended(reason="cancelled before it was started")
         if not isinstance(message, Ping):
             raise MessageError(f"expected Start, got {type(message).__name__}")
         channel.send(Pong(seq=message.seq))
     try:
         ended = module.run(cfg, ctx)
-    except Terminated:
-        ended = ctx.ended("SIGTERM")
+    except Terminated as e:
+        ended = ctx.ended(str(e))
     except BaseException:
         lib.rn_stage_state(ctx.stage, lib.RN_ST_FAILED)
         raise
@@ -310,18 +319,29 @@ def serve(name: str, channel: Channel) -> Ended:
     return ended
 
 
-def main(argv: list[str]) -> int:
-    """Process entry: argv is [NAME, "--control-fd", N]. Returns a StageExit."""
+def _say_last(name: str, last: Ended | Failed) -> None:
+    counted = ", ".join(f"{n}={v}" for n, v in last.counters.items()) if isinstance(last, Ended) else ""
+    text = last.reason if isinstance(last, Ended) else f"failed: {last.error}"
+    print(f"ringnet stage: {name} ended: {text}" + (f"; counters: {counted}" if counted else ""), file=sys.stderr)
+
+
+def main(argv: list[str], *, by_hand: bool = False) -> int:
+    """Process entry: argv is [NAME, "--control-fd", N]. by_hand: a person started it, in a terminal: ^C ends it in
+    order, and it lives on if the shell or debugger that started it does not. Returns a StageExit."""
     names = [s.name for s in TOPOLOGY.stages]
     if len(argv) != 3 or argv[0] not in names or argv[1] != "--control-fd" or not argv[2].isdecimal():
         print(f"ringnet stage: usage: ringnet stage {{{'|'.join(names)}}} --control-fd N"
               " (N: an inherited AF_UNIX SOCK_SEQPACKET socket; the supervisor makes it)", file=sys.stderr)
         return StageExit.USAGE
     name = argv[0]
-    lib.rn_os_pdeathsig(signal.SIGKILL)
     lib.rn_os_set_name(f"rn-{name}".encode())
-    for s in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(s, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    if by_hand:
+        signal.signal(signal.SIGINT, _on_term)
+    else:
+        lib.rn_os_pdeathsig(signal.SIGKILL)
+        for s in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+            signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_term)
     try:
         sock = socket.socket(fileno=int(argv[2]))
@@ -332,12 +352,14 @@ def main(argv: list[str]) -> int:
         return StageExit.USAGE
     sock.set_inheritable(False)
     channel = Channel(sock)
+    wake, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     code = StageExit.OK
-    last: Message
+    last: Ended | Failed
     try:
-        last = serve(name, channel)
-    except Terminated:
-        last = Ended(reason="SIGTERM")
+        last = serve(name, channel, wake)
+    except Terminated as e:
+        last = Ended(reason=str(e))
     except (Orphaned, BrokenPipeError):
         return StageExit.ORPHANED
     except MessageError as e:
@@ -350,6 +372,8 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         last, code = Failed(error=f"{type(e).__name__}: {e}"), StageExit.FAILED
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending: nothing to add
+    if by_hand:
+        _say_last(name, last)
     try:
         channel.send(last)
     except OSError:

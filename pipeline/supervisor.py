@@ -51,6 +51,7 @@ from pipeline.messages import (
     Failed,
     Hello,
     Leased,
+    Leave,
     Level,
     LogLevel,
     Message,
@@ -62,6 +63,7 @@ from pipeline.messages import (
     Running,
     Start,
 )
+from pipeline.seats import Seats
 from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
 from shm._dataplane import lib
 from shm.arena import Arena
@@ -105,7 +107,7 @@ class StageEnd(Struct, frozen=True, kw_only=True):
     """How a stage ended."""
 
     pid: int
-    status: int  # exit code, or minus the signal, as subprocess has it
+    status: int | None  # exit code, or minus the signal, as subprocess has it; None: started by hand, not ours to know
     reason: str
     counters: dict[str, int]  # all of the stage's, as last published
     cpu_s: float  # user + system
@@ -138,6 +140,7 @@ class State(enum.Enum):
     CANCELLED = enum.auto()
     ENDED = enum.auto()  # said so; the process may be there still
     GONE = enum.auto()  # reaped
+    VACANT = enum.auto()  # no process: its successor is due, or is started by hand (pipeline/seats.py)
 
 
 # What a stage may say in a state, and the state that follows.
@@ -155,11 +158,14 @@ MOVES: dict[State, dict[type[Message], State]] = {
                       Leased: State.CANCELLED, Refused: State.CANCELLED},
     State.ENDED: {},
     State.GONE: {},
+    State.VACANT: {},
 }
 
 
-def describe_status(status: int) -> str:
+def describe_status(status: int | None) -> str:
     """`exit code 1`, `signal 9 (SIGKILL)`."""
+    if status is None:
+        return "its process ended"
     if status >= 0:
         return f"exit code {status}"
     try:
@@ -174,8 +180,9 @@ class Child:
     def __init__(self, decl: Stage, row: int) -> None:
         self.decl, self.row = decl, row
         self.state = State.SPAWNED
-        self.generation = 0
-        self.popen: subprocess.Popen[bytes] | None = None
+        self.generation = 1
+        self.pid = 0  # of the last process
+        self.popen: subprocess.Popen[bytes] | None = None  # None: started by hand
         self.pidfd = -1
         self.channel: Channel | None = None
         self.said: Ended | Failed | None = None
@@ -185,12 +192,8 @@ class Child:
         self.asks: deque[tuple[Ask, tuple[int, ...], Callable[[str], None]]] = deque()  # the first is under way
 
     @property
-    def pid(self) -> int:
-        return self.popen.pid if self.popen else 0
-
-    @property
     def alive(self) -> bool:
-        return self.popen is not None and self.state is not State.GONE
+        return self.pid != 0 and self.state not in (State.GONE, State.VACANT)
 
 
 class Memory:
@@ -272,8 +275,10 @@ class Session:
 
     def __init__(self, settings: Settings, *, link: Link, topology: Topology = TOPOLOGY,
                  deadlines: Deadlines = Deadlines(), log: Callable[[str], None] | None = None,
-                 warn: Callable[[str], None] | None = None) -> None:
+                 warn: Callable[[str], None] | None = None, name: str = "") -> None:
+        """name: what the session is called in commands that are printed."""
         self.settings = settings
+        self.name = name
         self.link = link
         self.topology = topology.only(frozenset({Feature.NIC1})).validate(max_stages=8)
         self.deadlines = deadlines
@@ -288,6 +293,7 @@ class Session:
         self._request: tuple[Exit, str] | None = None
         self._up = False
         self._hurry = False
+        self._stopping = False
         self._bells: list[int] = []
         self._extras: dict[str, int] = {}
         self._listeners = Listeners()
@@ -295,6 +301,9 @@ class Session:
         self._link_end: select.epoll | None = None
         self._asked = 0
         self._follower: Follower | None = None
+        self._configs: dict[str, dict[str, Any]] = {}
+        self._level: Level | None = None  # set while it runs
+        self.seats = Seats(self, settings.hold, settings.restarts)
         self.listeners: list[Callable[[api.Event], None]] = []  # told what happens, by whoever makes it happen
 
     # -- as a context
@@ -370,6 +379,9 @@ class Session:
         return self.stop()
 
     def _step(self, timeout: float | None) -> None:
+        if (due := self.seats.due()) is not None and not self.ending:
+            left = max(0.0, due - time.monotonic())
+            timeout = left if timeout is None else min(timeout, left)
         events = self._selector.select(timeout)
         # The caller's watches (signals) before the stages': when a signal went to the whole process group, a
         # stage that ended of it is no accident. Looked at anew, because our own signal may have been delivered only
@@ -381,8 +393,10 @@ class Session:
             if isinstance(key.data, Child):
                 if key.data.channel is not None:
                     self._hear(key.data)
-                if key.fd == key.data.pidfd and key.data.state is not State.GONE:
+                if key.fd == key.data.pidfd and key.data.alive:
                     self._reap(key.data)
+        if not self.ending:
+            self.seats.tick()
 
     def _hear(self, child: Child) -> None:
         """Read all a stage said."""
@@ -409,6 +423,8 @@ class Session:
             was, child.state = child.state, after
             if after is not was:
                 self._changed(child)
+                if self._up and self._failure is None:
+                    self._go_on(child)
             if isinstance(message, Answer):
                 self._answered(child, message)
             elif isinstance(message, Leased):
@@ -430,6 +446,8 @@ class Session:
         name = child.decl.name
         if self._request and isinstance(message, Ended):
             return  # a SIGTERM to the whole process group: it ended before it was asked to
+        if self._up and (child.decl.restart or name in self.seats.held):
+            return  # what becomes of its seat is seen when the process is gone
         if isinstance(message, Failed):
             if was in (State.SPAWNED, State.GREETED, State.CONFIGURED, State.READY, State.STARTING):
                 self._set_failure(Exit.NOT_READY, f"stage {name} did not start: {message.error}")
@@ -451,27 +469,92 @@ class Session:
             self._failure = (code, reason)
 
     def _reap(self, child: Child) -> None:
-        assert child.popen is not None
-        pid, status, usage = os.wait4(child.popen.pid, os.WNOHANG)
-        if pid == 0:
-            return
+        if child.popen is not None:
+            pid, status, usage = os.wait4(child.popen.pid, os.WNOHANG)
+            if pid == 0:
+                return
+            child.status = child.popen.returncode = os.waitstatus_to_exitcode(status)
+            child.cpu_s += usage.ru_utime + usage.ru_stime
+        else:  # started by hand: not our child, its pidfd tells no more than its end
+            child.status = None
         was, child.state = child.state, State.GONE
-        self._changed(child)
-        child.status = child.popen.returncode = os.waitstatus_to_exitcode(status)
-        child.cpu_s = usage.ru_utime + usage.ru_stime
         self._selector.unregister(child.pidfd)
         os.close(child.pidfd)
         child.pidfd = -1
         self._drop_channel(child)
         self._log(f"{child.decl.name}: gone, {describe_status(child.status)}")
-        if self._request and child.status == -signal.SIGTERM:
-            return  # as above, before it had a handler
-        if was is State.RUNNING:
-            self._set_failure(Exit.STAGE_DIED, f"stage {child.decl.name} died: {describe_status(child.status)};"
-                              f" {self._last(child)}")
+        if self._up and not self.ending and not self._stopping and self.seats.vacated(child, self._how(child)):
+            child.state = State.VACANT
+        self._changed(child)
+        if child.state is State.VACANT or self._request and child.status == -signal.SIGTERM:
+            return  # a SIGTERM: as above, before it had a handler
+        if was is State.ENDED and child.said is not None and not self._request and not self._stopping:
+            code = Exit.STAGE_FAILED if isinstance(child.said, Failed) else Exit.STAGE_DIED
+            verb = "failed" if isinstance(child.said, Failed) else "ended"
+            self._set_failure(code, f"stage {child.decl.name} {verb}: {self._how(child)}"
+                              f"{self.seats.exhausted(child)}; {self._last(child)}")
+        elif was is State.RUNNING:
+            self._set_failure(Exit.STAGE_DIED, f"stage {child.decl.name} died: {describe_status(child.status)}"
+                              f"{self.seats.exhausted(child)}; {self._last(child)}")
         elif was not in (State.CANCELLED, State.ENDED):
             self._set_failure(Exit.NOT_READY, f"stage {child.decl.name} ended before it was running"
                               f" ({was.name.lower()}): {describe_status(child.status)}")
+
+    @staticmethod
+    def _how(child: Child) -> str:
+        """How a stage that is gone ended, by its own last word if it had one."""
+        match child.said:
+            case Ended(reason=text) | Failed(error=text):
+                return text
+        return describe_status(child.status)
+
+    # -- successors (pipeline/seats.py)
+
+    def say(self, text: str) -> None:
+        """Something people want to know while a session runs."""
+        if not self.settings.quiet:
+            self._warn(text)
+
+    def give_up(self, code: Exit, reason: str) -> None:
+        """End the session: it is broken."""
+        self._set_failure(code, reason)
+
+    def spawn(self, child: Child) -> None:
+        """Start a stage's successor; what comes next follows its messages."""
+        try:
+            self._spawn(child)
+        except SessionError as e:
+            self._set_failure(Exit(e.code), str(e))
+            return
+        self._changed(child)
+
+    def seat(self, child: Child, ours: socket.socket, pid: int, pidfd: int) -> None:
+        """A process that is there already becomes a stage's successor."""
+        child.popen = None
+        self._watch_child(child, ours, pid, pidfd)
+        self._changed(child)
+
+    def leave(self, child: Child) -> None:
+        """Ask a stage to end between two bursts, if there is one."""
+        if child.alive and child.state is not State.ENDED:
+            child.state = State.CANCELLED
+            self._send(child, Leave())
+
+    def _go_on(self, child: Child) -> None:
+        """A successor is one step further."""
+        match child.state:
+            case State.GREETED:
+                self._configure(child, self._configs[child.decl.name])
+            case State.READY:
+                child.state = State.STARTING
+                self._send(child, Start())
+            case State.RUNNING:
+                if self._level is not None:
+                    self.ask(child.decl.name, LogLevel(level=self._level), lambda error: None)
+                if child.decl.flows:
+                    for ask, fds in self._listeners.again():
+                        self.ask(child.decl.name, ask, lambda error: self._warn(error) if error else None, fds)
+                self.seats.runs(child)
 
     def _drop_channel(self, child: Child) -> None:
         if child.channel is not None:
@@ -570,6 +653,7 @@ class Session:
     def set_log_level(self, level: Level) -> None:
         """What is said on standard error from now on: `info` and `debug` tell each step of the stages."""
         self._log = self._warn if level in ("info", "debug") else lambda text: None
+        self._level = level
         for child in self.children:
             if child.state is State.RUNNING:
                 self.ask(child.decl.name, LogLevel(level=level), lambda error: None)
@@ -592,28 +676,34 @@ class Session:
         try:
             self._prepare()
             forwards = self._bind_forwards()
-            sinks_first = self.children[::-1]
+            sinks_first = [c for c in self.children[::-1] if c.decl.name not in self.seats.held]
+            for child in self.children:
+                if child not in sinks_first:
+                    child.generation, child.state = 0, State.VACANT
             for child in sinks_first:
                 self._spawn(child)
             d = self.deadlines
-            self._until(State.GREETED, d.hello, "Hello")
+            self._until(State.GREETED, d.hello, "Hello", sinks_first)
             dns_path = self._dns.getsockname()[1:].decode() if self._dns else ""
             try:
-                configs = stage_configs(self.settings, link_kind=self.link.kind, vnet=self.link.vnet,
+                self._configs = configs = stage_configs(self.settings, link_kind=self.link.kind, vnet=self.link.vnet,
                                         dns_path=dns_path)
             except ConfigError as e:  # a proxy's name does not resolve
                 raise SessionError(Exit.RUNTIME, str(e)) from e
             for child in sinks_first:
                 self._configure(child, configs[child.decl.name])
-            self._until(State.READY, d.ready, "Ready")
+            self._until(State.READY, d.ready, "Ready", sinks_first)
             for child in sinks_first:
                 child.state = State.STARTING
                 self._send(child, Start())
                 self._until(State.RUNNING, d.running, "Running", [child])
-            try:
-                self._apply(forwards, close_flows=False)
-            except ForwardError as e:
-                raise SessionError(*(self._failure or (Exit.RUNTIME, f"cannot forward: {e}"))) from e
+            if "egress" in self.seats.held:
+                forwards.commit()  # whoever takes the seat is told of them
+            else:
+                try:
+                    self._apply(forwards, close_flows=False)
+                except ForwardError as e:
+                    raise SessionError(*(self._failure or (Exit.RUNTIME, f"cannot forward: {e}"))) from e
             self._up = True
             self.started_at = time.monotonic()
             if autos := self.settings.auto_forwards():
@@ -628,7 +718,7 @@ class Session:
     def _until(self, state: State, seconds: float, what: str, children: list[Child] | None = None) -> None:
         """Wait until the stages are there. Raises SessionError."""
         deadline = time.monotonic() + seconds
-        children = children or self.children
+        children = self.children if children is None else children
         while True:
             if self._failure:
                 raise SessionError(*self._failure)
@@ -735,10 +825,13 @@ class Session:
             except OSError as e:
                 ours.close()
                 raise SessionError(Exit.RUNTIME, f"cannot start stage {child.decl.name}: {e.strerror}") from e
-        child.channel = Channel(ours)
-        child.pidfd = os.pidfd_open(child.popen.pid)
+        self._watch_child(child, ours, child.popen.pid, os.pidfd_open(child.popen.pid))
+
+    def _watch_child(self, child: Child, ours: socket.socket, pid: int, pidfd: int) -> None:
+        child.state, child.said, child.status = State.SPAWNED, None, None
+        child.pid, child.pidfd, child.channel = pid, pidfd, Channel(ours)
         self._selector.register(ours, selectors.EVENT_READ, child)
-        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+        self._selector.register(pidfd, selectors.EVENT_READ, child)
 
     def _configure(self, child: Child, config: dict[str, Any]) -> None:
         """Send a stage what topology grants it, and nothing else."""
@@ -780,15 +873,16 @@ class Session:
         """End every stage, in order, and say how it went. May be called again."""
         if self.result is not None:
             return self.result
+        self._stopping = True
         d = self.deadlines
         failed = self._failure
-        if failed is None and self._up:
+        if failed is None and self._up and not any(c.state is State.VACANT for c in self.children):
             for child in self.children:  # sources first
                 self._cancel([child], d.drain)
         self._cancel(self.children, d.drain_failed)
         code, reason = failed or self._failure or self._request or (Exit.OK, "stopped")
         self.result = Result(code=code, reason=reason, stages={c.decl.name: self._stage_end(c) for c in self.children
-                                                               if c.popen is not None})
+                                                               if c.pid})
         return self.result
 
     def _cancel(self, children: list[Child], drain: float) -> None:
@@ -834,15 +928,8 @@ class Session:
 
     def _stage_end(self, child: Child) -> StageEnd:
         name = child.decl.name
-        status = child.status if child.status is not None else 0
-        match child.said:
-            case Ended(reason=text):
-                reason = text
-            case Failed(error=text):
-                reason = f"failed: {text}"
-            case _:
-                reason = describe_status(status)
-        return StageEnd(pid=child.pid, status=status, reason=reason, counters=self.counters(name),
+        reason = f"failed: {self._how(child)}" if isinstance(child.said, Failed) else self._how(child)
+        return StageEnd(pid=child.pid, status=child.status, reason=reason, counters=self.counters(name),
                         cpu_s=child.cpu_s,
                         frames_left=sum(self.ring_fill(r.name)[0] for r in self.topology.inputs(name)))
 

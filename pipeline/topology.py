@@ -43,6 +43,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     flows: bool = False  # maps the flow table
     names: Literal["", "read", "write"] = ""  # maps the table of names (csrc/rn_names.h); one stage writes
     source: bool = False  # takes in work from outside: stopped first on cancel
+    restart: bool = False  # what it knows is in shared memory or can be asked for again: a successor goes on
 
 
 class Ring(Struct, frozen=True, kw_only=True):
@@ -145,13 +146,14 @@ class Topology(Struct, frozen=True, kw_only=True):
 TOPOLOGY = Topology(
     stages=(
         Stage(name="guest_tx", does="reads the frames the guest sends", small=2048, large=128,
-              fds=("link", "pcap"), source=True),
-        Stage(name="classify", does="checks, dispatches, answers ARP, reassembles fragments", small=256, large=32),
+              fds=("link", "pcap"), source=True, restart=True),
+        Stage(name="classify", does="checks, dispatches, answers ARP, reassembles fragments", small=256, large=32,
+              restart=True),
         Stage(name="egress", does="TCP bridge, UDP and ICMP proxies over host sockets", small=2048, large=128,
               fds=("raw_icmp",), flows=True, names="read"),
         Stage(name="services", does="DHCP server, DNS forwarder, hosts table", small=128, large=16,
-              fds=("dns_listen",), names="write"),
-        Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "pcap")),
+              fds=("dns_listen",), names="write", restart=True),
+        Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "pcap"), restart=True),
         Stage(name="vmnet", does="relays NIC2's frames to a host bridge", feature=Feature.NIC2, small=512, large=64,
               fds=("bridge",), source=True),
     ),

@@ -24,6 +24,7 @@ from pipeline.config import make
 from pipeline.control_api import ControlApi
 from pipeline.forwards import Fault, Forward, ForwardError
 from pipeline.messages import Ask, CloseFlow, HostsChange
+from pipeline.seats import SeatError
 from pipeline.services.hosts import HostsTable
 from pipeline.supervisor import Child, Link
 from pipeline.topology import TOPOLOGY, Feature
@@ -43,6 +44,18 @@ class FakeMemory:
         self.flows.destroy()
 
 
+class FakeSeats:
+    """No stage has a process, so none can be held; what does happen is tests/e2e/test_seats.py's."""
+
+    def __init__(self) -> None:
+        self.listeners: list[Callable[[str], None]] = []
+
+    def _refuse(self, name: str, *_: object) -> Any:
+        raise SeatError(f"stage {name} has no seat here")
+
+    take = hold = release = _refuse
+
+
 class FakeSession:
     def __init__(self, **settings: Any) -> None:
         self.settings = make(settings)
@@ -50,6 +63,7 @@ class FakeSession:
         self.children = [Child(s, row) for row, s in enumerate(self.topology.stages)]
         self.link = Link(fd=-1, kind="dgram", vnet=False)
         self.listeners: list[Callable[[api.Event], None]] = []
+        self.seats = FakeSeats()
         self.started_at = time.monotonic()
         self.memory = FakeMemory()
         self.result = None

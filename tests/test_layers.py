@@ -25,9 +25,9 @@ from pipeline.topology import TOPOLOGY
 REPO = Path(__file__).resolve().parent.parent
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
 DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy"})
-COMMANDS = frozenset({"cli", "demo", "ctl", "completion"})
+COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand"})
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
-                     "control_api", "hosts_book", "session_dir", "client"})
+                     "control_api", "hosts_book", "session_dir", "client", "seats"})
 
 
 def layer(module: str) -> str:

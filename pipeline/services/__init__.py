@@ -271,6 +271,8 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
         ctx.handlers |= {HostsChange: services.change_hosts, Notices: services.set_notices}
         services.tell = ctx.notice
         loop.watch(ctx.control_fileno(), READ, on_control)
+        if ctx.wake >= 0:
+            loop.watch(ctx.wake, READ, lambda _events: None)  # Python handles the signal on its way here
         loop.watch(lib.rn_services_bell(ctx.stage), READ, lambda _events: None)  # disarm() quiets it
         ctx.running()
         reason = serve(services, ctx, ended)

@@ -278,7 +278,7 @@ def test_kill_9_of_everything(supervisor: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kill_9_of_a_stage_ends_the_session_and_is_named(ends: GuestEnd, name: str, nothing_left: None) -> None:
-    with Session(make({}), link=ends.link(), deadlines=PATIENT) as s:
+    with Session(make({"restarts": 0}), link=ends.link(), deadlines=PATIENT) as s:
         ends.arp()
         pids = s.stages()
         s.ping(name, 1)  # answered between two turns: it has published counters

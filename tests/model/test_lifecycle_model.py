@@ -289,7 +289,7 @@ def test_a_step_is_possible_without_luck(graph: dict[World, tuple[World, ...]]) 
 def test_the_walk_saw_all_phases_and_faults(graph: dict[World, tuple[World, ...]]) -> None:
     assert {w.phase[0] for w in graph} == {"hello", "ready", "start", "up", "one", "all", "over", "dead"}
     assert {p.at for w in graph for p in w.procs} == {"boot", "greeted", "ready", "run", "drain", "hung", "exited"}
-    assert {v for w in graph for v in w.view} == set(State)
+    assert {v for w in graph for v in w.view} == set(State) - {State.VACANT}  # of successors: tests/e2e/test_seats.py
     assert any(w.phase == ("over",) and not w.failed and w.faults == 0 for w in graph)
 
 

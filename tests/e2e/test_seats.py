@@ -1,0 +1,267 @@
+"""Stages that are killed, stopped and started by hand under traffic: what the guest's programs see of it is nothing."""
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from netlab import (
+    DEADLINE,
+    GATEWAY,
+    REPO,
+    RINGNET,
+    SERVER,
+    Attached,
+    Netns,
+    Program,
+    pseudorandom,
+    run_env,
+    sh,
+    sha256_file,
+)
+
+from pipeline import api
+from pipeline.api import ApiError
+from pipeline.client import Client
+
+pytestmark = pytest.mark.netns
+
+RESTARTED = ["guest_tx", "classify", "services", "guest_rx"]
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sessions of this test only."""
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    monkeypatch.setenv("RINGNET_RUNTIME_DIR", str(path))
+    monkeypatch.delenv("RINGNET_SESSION", raising=False)
+    return path
+
+
+@pytest.fixture
+def client(runtime: Path) -> Iterator[Callable[[], Client]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(Client(runtime / "s.sock"))
+
+
+def pids(client: Client) -> dict[str, int]:
+    return {s.name: s.pid for s in client.call(api.Stages()).stages}
+
+
+class Watch:
+    """Stage events of a session, as they come."""
+
+    def __init__(self, client: Client) -> None:
+        client.call(api.Subscribe(events=["stage"]))
+        self._client = client
+
+    def until(self, stage: str, state: str) -> int:
+        """The pid the stage had when it came to this state."""
+        for event in self._client.events(DEADLINE):
+            assert isinstance(event, api.StageChanged)
+            if (event.stage, event.state) == (stage, state):
+                return event.pid
+        raise AssertionError(f"the session ended before {stage} was {state}")
+
+
+@pytest.fixture
+def by_hand(host_ns: Netns) -> Callable[[str, Path], Program]:
+    """by_hand(stage, log): a stage of the session, as somebody in a terminal starts it."""
+    return lambda name, log: Program(host_ns.argv(*RINGNET, "stage", name, "--session", "s"), log)
+
+
+@contextlib.contextmanager
+def transfers(guest_ns: Netns, nginx: tuple[str, int, Path], tmp_path: Path, size: int, rate: str
+              ) -> Iterator[Callable[[], bool]]:
+    """A download and an upload at a rate; at the end both are whole. Yields: are both still under way?"""
+    address, port, root = nginx
+    down, up = pseudorandom(root / "body", size, b"d"), pseudorandom(tmp_path / "source", size, b"u")
+    url, curl = f"http://{address}:{port}", ["curl", "-sS", "--fail", "--max-time", "300", "--limit-rate", rate]
+    with (subprocess.Popen(guest_ns.argv(*curl, "-o", str(tmp_path / "got"), f"{url}/body"), env=run_env()) as one,
+          subprocess.Popen(guest_ns.argv(*curl, "-T", str(tmp_path / "source"), f"{url}/arrived"), env=run_env()) as two):
+        yield lambda: one.poll() is None and two.poll() is None
+    assert (one.returncode, two.returncode) == (0, 0)
+    assert (sha256_file(tmp_path / "got"), sha256_file(root / "arrived")) == (down, up)
+
+
+def test_kill_9_of_the_stages_under_load_loses_no_byte(
+        attach: Callable[..., Attached], guest_ns: Netns, nginx: tuple[str, int, Path], tmp_path: Path,
+        client: Callable[[], Client]) -> None:
+    attach("--session", "s", "--restarts", "1000")
+    look, watch = client(), Watch(client())
+    kills = 0
+    with transfers(guest_ns, nginx, tmp_path, 32 << 20, "12M") as under_way:
+        while under_way():
+            name = RESTARTED[kills % len(RESTARTED)]
+            victim = pids(look)[name]
+            os.kill(victim, signal.SIGKILL)
+            assert watch.until(name, "running") != victim
+            kills += 1
+    assert kills >= len(RESTARTED), "the transfers were over before each stage was killed once"
+    # Names, leases and echoes are served by successors as well.
+    assert guest_ns.run("dig", f"@{GATEWAY}", "+short", "host.ringnet.internal").stdout.split() == [GATEWAY]
+    guest_ns.run("ping", "-c1", "-W30", GATEWAY)
+
+
+def test_no_buffer_is_lost_by_kills(attach: Callable[..., Attached], guest_ns: Netns, client: Callable[[], Client]
+                                    ) -> None:
+    """More kills under a flood than a leak of a burst each would survive: guest_tx has 128 large buffers."""
+    attach("--session", "s", "--restarts", "1000")
+    look, watch = client(), Watch(client())
+    for n in range(12):
+        with subprocess.Popen(guest_ns.argv("ping", "-q", "-f", "-s", "1400", "-c", "2000", GATEWAY), env=run_env(),
+                              stdout=subprocess.DEVNULL) as flood:
+            name = RESTARTED[n % len(RESTARTED)]
+            os.kill(pids(look)[name], signal.SIGKILL)
+            watch.until(name, "running")
+            flood.terminate()
+    guest_ns.run("ping", "-c1", "-W30", GATEWAY)
+    counters = look.call(api.Statistics()).counters
+    assert sum(c.get("stalls_buf", 0) for c in counters.values()) == 0
+
+
+def test_past_the_limit_the_session_ends_and_says_so(attach: Callable[..., Attached], client: Callable[[], Client]
+                                                     ) -> None:
+    session = attach("--session", "s", "--restarts", "1")
+    look, watch = client(), Watch(client())
+    os.kill(pids(look)["classify"], signal.SIGKILL)
+    os.kill(watch.until("classify", "running"), signal.SIGKILL)
+    assert session.wait() == 70
+    said = session.output()
+    assert "stage classify is gone (signal 9 (SIGKILL)): started again, 1 of at most 1 times within a minute" in said
+    assert "stage classify died: signal 9 (SIGKILL); it was started again 1 times within a minute; last counters:" in said
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_stopped_and_started_by_hand_the_flows_go_on(
+        attach: Callable[..., Attached], guest_ns: Netns, nginx: tuple[str, int, Path], tmp_path: Path,
+        client: Callable[[], Client], name: str, by_hand: Callable[[str, Path], Program]) -> None:
+    attach("--session", "s")
+    look, watch = client(), Watch(client())
+    with transfers(guest_ns, nginx, tmp_path, 12 << 20, "6M") as under_way:
+        look.call(api.StageHold(stage=name))
+        watch.until(name, "vacant")
+        for n in range(2):
+            with by_hand(name, tmp_path / f"hand{n}.log") as hand:
+                assert watch.until(name, "running") == hand.pid
+                assert under_way()
+                assert hand.end(signal.SIGINT) == 0
+            watch.until(name, "vacant")
+            assert f"ringnet stage: {name} ended: SIGINT; counters: " in hand.output()
+        look.call(api.StageRelease(stage=name))
+        watch.until(name, "running")
+
+
+def test_egress_by_hand_ends_its_flows_and_serves_new_ones(
+        attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns, tmp_path: Path, client: Callable[[], Client],
+        by_hand: Callable[[str, Path], Program]) -> None:
+    attach("--session", "s", "-t", "127.0.0.1/8080:80")
+    look, watch = client(), Watch(client())
+    listener = host_ns.listen(SERVER)
+    look.call(api.StageHold(stage="egress"))
+    watch.until("egress", "vacant")
+    for n in range(2):
+        with by_hand("egress", tmp_path / f"hand{n}.log") as hand, guest_ns.socket() as guest:
+            watch.until("egress", "running")
+            guest.connect(listener.getsockname())
+            with listener.accept()[0] as host:
+                host.settimeout(DEADLINE)
+                guest.sendall(b"there")
+                assert host.recv(100) == b"there"
+                hand.end(signal.SIGINT)
+                watch.until("egress", "vacant")
+                with pytest.raises(ConnectionResetError):
+                    guest.recv(100)
+                with contextlib.suppress(ConnectionResetError):  # by FIN or RST, but it learns of it
+                    assert host.recv(100) == b""
+    with by_hand("egress", tmp_path / "forward.log"), guest_ns.socket() as inside, host_ns.socket() as outside:
+        watch.until("egress", "running")  # and knows of the forwards
+        inside.bind(("0.0.0.0", 80))
+        inside.listen()
+        outside.connect(("127.0.0.1", 8080))
+        inside.accept()[0].close()
+
+
+def test_run_hold_prints_the_commands_and_waits(host_ns: Netns, tmp_path: Path,
+                                                by_hand: Callable[[str, Path], Program]) -> None:
+    with Program(host_ns.argv(*RINGNET, "run", "--session", "s", "--hold", "classify", "--", "ping", "-c1", "-W30",
+                              GATEWAY), tmp_path / "log") as session:
+        deadline = time.monotonic() + DEADLINE
+        while "every held seat was taken once" not in session.output():
+            assert time.monotonic() < deadline and session.process.poll() is None, session.output()
+            time.sleep(0.05)  # a file tells nobody that it was written
+        said = session.output()
+        assert f"PYTHONPATH={REPO} gdb --args {sys.executable} -P -m pipeline stage classify --session s\n" in said
+        for word in ("perf record", "valgrind", "py-spy"):
+            assert word in said
+        with by_hand("classify", tmp_path / "hand.log") as hand:
+            assert session.wait() == 0
+            assert hand.wait() == 0
+        assert "1 received" in session.output()
+        assert "classify ended: drained" in hand.output()
+
+
+def test_a_stage_in_another_network_namespace_is_refused(attach: Callable[..., Attached]) -> None:
+    attach("--session", "s")
+    done = sh(*RINGNET, "stage", "egress", "--session", "s", check=False, env=run_env())
+    assert done.returncode == 1 and "has another network namespace; start the stage there, with nsenter" in done.stderr
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["stage", "nonsense", "--session", "s"], "invalid choice: 'nonsense'"),
+    (["stage", "classify"], "stage classify runs, as process [0-9]+; free its seat with: ringnet ctl hold classify"),
+    (["ctl", "-s", "s", "hold", "nonsense"], "there is no stage nonsense; there are guest_tx, classify, "),
+    (["ctl", "-s", "s", "release", "classify"], "stage classify is not held"),
+])
+def test_what_cannot_be_is_said(attach: Callable[..., Attached], host_ns: Netns, args: list[str], says: str) -> None:
+    attach("--session", "s")
+    done = sh(*host_ns.argv(*RINGNET, *args), check=False, env=run_env())
+    assert done.returncode in (1, 2) and done.stdout == ""
+    assert re.search(says, done.stderr) and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_seat_is_taken_once(attach: Callable[..., Attached], client: Callable[[], Client], tmp_path: Path,
+                              by_hand: Callable[[str, Path], Program]) -> None:
+    attach("--session", "s")
+    look, watch = client(), Watch(client())
+    look.call(api.StageHold(stage="services"))
+    watch.until("services", "vacant")
+    with by_hand("services", tmp_path / "hand.log"):
+        watch.until("services", "running")
+        with pytest.raises(ApiError, match="stage services runs, as process"):
+            look.call(api.StageTake(stage="services"))
+
+
+def test_names_added_while_it_ran_are_known_to_the_successor(
+        attach: Callable[..., Attached], guest_ns: Netns, client: Callable[[], Client]) -> None:
+    attach("--session", "s", "--hosts", "old=192.0.2.9", "--hosts", "kept=192.0.2.8")
+    look, watch = client(), Watch(client())
+    look.call(api.HostsAdd(names={"new": ["192.0.2.7"]}))
+    look.call(api.HostsRemove(names=["old"], owner="options"))
+    os.kill(pids(look)["services"], signal.SIGKILL)
+    watch.until("services", "running")
+
+    def dig(name: str) -> list[str]:
+        return guest_ns.run("dig", f"@{GATEWAY}", "+time=30", "+tries=1", "+short", f"{name}.ringnet.internal").stdout.split()
+
+    assert (dig("new"), dig("kept"), dig("old")) == (["192.0.2.7"], ["192.0.2.8"], [])
+
+
+def test_a_stage_by_hand_ends_with_the_session(attach: Callable[..., Attached], client: Callable[[], Client],
+                                               tmp_path: Path, by_hand: Callable[[str, Path], Program]) -> None:
+    session = attach("--session", "s")
+    look, watch = client(), Watch(client())
+    look.call(api.StageHold(stage="guest_rx"))
+    watch.until("guest_rx", "vacant")
+    with by_hand("guest_rx", tmp_path / "hand.log") as hand:
+        watch.until("guest_rx", "running")
+        os.kill(session.pid, signal.SIGKILL)
+        assert hand.wait() == 3
