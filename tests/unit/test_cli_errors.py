@@ -70,7 +70,7 @@ def test_what_only_running_shows(line: str, says: str, capsys: pytest.CaptureFix
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("line", ["", "nobody --control-fd 0", "egress", "egress --control-fd x",
+@pytest.mark.parametrize("line", ["", "nobody", "nobody --control-fd 0", "egress --session", "egress --control-fd x",
                                   "egress --control-fd 99999"])
 def test_a_stage_by_hand(line: str) -> None:
     done = subprocess.run([sys.executable, "-P", "-m", "pipeline", "stage", *line.split()], stdin=subprocess.DEVNULL,
