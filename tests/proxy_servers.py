@@ -39,7 +39,7 @@ class Proxy:
     scheme = ""
 
     def __init__(self, *, user: str = "", password: str = "", route: Route = lambda host, port: (host, port),
-                 refuse: int = 0, address: str = "127.0.0.1",
+                 refuse: int = 0, address: str = "127.0.0.1", port: int = 0,
                  make_socket: Callable[[int], socket.socket] = plain_socket) -> None:
         """refuse: answer every request with this code."""
         self.user, self.password, self.route, self.refuse = user, password, route, refuse
@@ -51,7 +51,7 @@ class Proxy:
         self.errors: list[BaseException] = []
         self.listener = make_socket(socket.SOCK_STREAM)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind((address, 0))
+        self.listener.bind((address, port))
         self.listener.listen(64)
         self.listener.settimeout(None)
         self.port = self.listener.getsockname()[1]

@@ -2,63 +2,20 @@
 from __future__ import annotations
 
 import json
-import re
-import select
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from netlab import DEADLINE, REPO, Netns, run_env
+from netlab import DEADLINE, REPO, Netns
 
+from e2e.doc_shell import Shell, blocks, commands
 from pipeline import api
 
 pytestmark = pytest.mark.netns
 
 DOCUMENT = REPO / "docs" / "control-api.md"
 LOOSE = {"status", "stages", "statistics", "flows.list"}  # calls whose example values are examples: types are compared
-
-
-def blocks() -> list[tuple[str, list[str]]]:
-    return [(kind, body.splitlines()) for kind, body in re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT.read_text(),
-                                                                   re.M | re.S)]
-
-
-class Shell:
-    """One bash on the host side for the whole document; `ringnet` is this checkout's."""
-
-    def __init__(self, host: Netns, tmp: Path) -> None:
-        (tmp / "bin").mkdir()
-        (tmp / "run").mkdir(mode=0o700)
-        wrapper = tmp / "bin" / "ringnet"
-        wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m pipeline "$@"\n')
-        wrapper.chmod(0o755)
-        self.errors = tmp / "stderr"
-        env = run_env(RINGNET_RUNTIME_DIR=str(tmp / "run"), PYTHONUNBUFFERED="1")
-        env["PATH"] = f"{tmp / 'bin'}:{env['PATH']}"
-        self.served = tmp / "served"
-        with open(self.errors, "wb") as errors:
-            self.bash = subprocess.Popen(host.argv("bash"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=errors, env=env, start_new_session=True)
-
-    def run(self, command: str, *, ok: bool = True) -> str:
-        assert self.bash.stdin and self.bash.stdout
-        self.bash.stdin.write(f"{command}\necho \"<$?>\"\n".encode())
-        self.bash.stdin.flush()
-        out = b""
-        while not (end := re.search(rb"(?:^|\n)<(\d+)>\n$", out)):
-            ready, _, _ = select.select([self.bash.stdout], [], [], DEADLINE)
-            assert ready, f"{command}: no end; {out!r} {self.errors.read_text()}"
-            data = self.bash.stdout.read1(65536)  # type: ignore[attr-defined]
-            assert data, f"bash ended: {self.errors.read_text()}"
-            out += data
-        assert not ok or end[1] == b"0", f"{command}: {end[1]!r}\n{out!r}\n{self.errors.read_text()}"
-        return out[:end.start()].decode().strip("\n")
-
-    def jobs(self) -> int:
-        return int(self.run("jobs -r | wc -l"))
 
 
 def same_shape(wanted: Any, got: Any) -> bool:
@@ -91,7 +48,7 @@ def test_the_document(host_ns: Netns, tmp_path: Path) -> None:
     ran, called = 0, set()
     held: list[socket.socket] = []
     try:
-        for kind, lines in blocks():
+        for kind, lines in blocks(DOCUMENT):
             if kind == "json":
                 with socket.socket(socket.AF_UNIX) as peer:
                     peer.settimeout(DEADLINE)
@@ -108,14 +65,11 @@ def test_the_document(host_ns: Netns, tmp_path: Path) -> None:
                             ran += 1
                 continue
             assert kind == "console", kind
-            commands = [(m[1], m[2].splitlines()) for m in re.finditer(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)",
-                                                                       "\n".join(lines) + "\n", re.M)]
-            assert commands, lines
-            for command, output in commands:
+            for command, output in commands(lines):
                 ran += 1
                 if command.startswith("ringnet run "):
                     shell.run(f"{command.removesuffix('&')} > {shell.served} 2>&1 &")
-                    wait_for_text(shell, "Serving HTTP")
+                    shell.wait_for_text("Serving HTTP")
                     continue
                 said = shell.run(command)
                 if output:
@@ -135,19 +89,9 @@ def test_the_document(host_ns: Netns, tmp_path: Path) -> None:
     finally:
         for connection in held:
             connection.close()
-        if shell.bash.stdin:
-            shell.bash.stdin.write(b"kill $(jobs -p) 2>/dev/null; wait; exit\n")
-            shell.bash.stdin.close()
-        shell.bash.wait(DEADLINE)
-        shell.bash.stdout.close()  # type: ignore[union-attr]
+        shell.close()
     assert ran > 60
     assert set(api.CALLS) - {"cancel"} <= called
-
-
-def wait_for_text(shell: Shell, text: str) -> None:
-    """The guest's command says so in its output once it can be connected to.
-    """
-    shell.run(f"timeout {DEADLINE:.0f} sh -c \"until grep -q '{text}' {shell.served}; do sleep 0.1; done\"")
 
 
 def test_every_call_event_and_code_is_documented() -> None:

@@ -5,10 +5,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import select
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from netlab import (
     DEADLINE,
     GATEWAY,
     GUEST,
+    REPO,
     SERVER,
     Attached,
     Netns,
@@ -29,12 +32,17 @@ from netlab import (
     sha256_file,
 )
 
+from e2e.dns_server import DnsServer, zone
+from pipeline import api
+from pipeline.client import Client
 from pipeline.config import make
 from pipeline.forwards import Forward
 from pipeline.supervisor import Link, Session
 from shm._dataplane import ffi, lib
 
 pytestmark = pytest.mark.netns
+
+LONG = bool(os.environ.get("RINGNET_LONG"))
 
 
 @contextlib.contextmanager
@@ -93,6 +101,43 @@ def test_nginx_of_the_guest_on_the_host(attach: Callable[..., Attached], host_ns
         assert sha256_file(root / "up") == want
         assert host_ns.run("curl", "-sS", "http://127.0.0.1:8080/who").stdout == GATEWAY
         assert host_ns.run("curl", "-sS", f"http://{SERVER}:8080/who").stdout == SERVER  # visible: its own address
+
+
+def test_nginx_by_a_rule_added_at_run_time(attach: Callable[..., Attached], host_ns: Netns, guest_ns: Netns,
+                                           tmp_path: Path) -> None:
+    path = str(tmp_path / "api.sock")
+    with guest_ns.listen("0.0.0.0") as listener, nginx_in(guest_ns, listener, tmp_path) as root:
+        attach("--api-socket", path)
+        want = pseudorandom(root / "body", 8 << 20, b"later")
+        got = tmp_path / "got"
+        fetch = ("curl", "-sS", "--fail", "-o", got, "http://127.0.0.1:8080/body")
+        assert host_ns.run(*fetch, check=False).returncode == 7  # not yet
+        spec = f"8080:{listener.getsockname()[1]}"
+        with Client(path) as client:
+            client.call(api.ForwardsAdd(specs=[spec]))
+            host_ns.run(*fetch)
+            assert sha256_file(got) == want
+            client.call(api.ForwardsRemove(specs=[spec]))
+        assert host_ns.run(*fetch, check=False).returncode == 7  # no more
+
+
+def test_dnsperf_to_a_dns_server_of_the_guest(attach: Callable[..., Attached], host_ns: Netns, guest_ns: Netns,
+                                              tmp_path: Path) -> None:
+    """Through a UDP forward for some seconds (10 with --long), at a moderate rate: every query has its answer."""
+    seconds, rate = 10 if LONG else 3, 500
+    names = [f"host{n}.example" for n in range(50)]
+    (tmp_path / "queries").write_text("".join(f"{n} A\n" for n in names))
+    attach("-u", "5300:53")
+    server = DnsServer(guest_ns, GUEST, zone({(n, "A"): [f"192.0.2.{i}"] for i, n in enumerate(names)}))
+    try:
+        said = host_ns.run("dnsperf", "-s", "127.0.0.1", "-p", "5300", "-d", tmp_path / "queries", "-l", str(seconds),
+                           "-Q", str(rate), "-q", "100", "-t", "5").stdout
+    finally:
+        server.close()
+    sent, completed, lost = (int(re.search(rf"Queries {what}:\s+(\d+)", said)[1])  # type: ignore[index]
+                             for what in ("sent", "completed", "lost"))
+    assert lost == 0 and completed == sent and "NOERROR" in said, said
+    assert sent >= rate * seconds // 4 and len(server.asked) >= sent, said  # it did ask
 
 
 def test_clients_as_the_gateway(attach: Callable[..., Attached], host_ns: Netns, guest_ns: Netns,
@@ -274,6 +319,14 @@ def test_a_thousand_rules(session: Session) -> None:
             socket.create_connection(("127.0.0.1", f.host_port), DEADLINE).close()
     session.change_forwards(remove=made)
     assert session.forwards() == []
+
+
+def test_the_measurement_of_a_thousand_rules_works(tmp_path: Path) -> None:
+    """tools/bench/forwards.py, small: it measures something. What it says is for people to look at."""
+    out = tmp_path / "samples.json"
+    sh(sys.executable, REPO / "tools/bench/forwards.py", "--forwards", "50", "--seconds", "0.1", "--repeat", "1", "--json",
+       out, env=run_env())
+    assert all(min(samples) > 0 for samples in json.loads(out.read_text()).values())
 
 
 def test_the_guests_side_has_no_say(attach: Callable[..., Attached], guest_ns: Netns) -> None:
