@@ -858,7 +858,16 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 			i = EG_NONE;
 			goto fresh;
 		}
-		if (!(sg.flags & RN_TH_RST) && (sg.len || (sg.flags & (RN_TH_FIN | RN_TH_SYN)))) { /* RFC 1337: no RST here */
+		if (sg.flags & RN_TH_RST) {
+			/* RFC 1337 3: none ends it, but one at the number of the ACK that answered a SYN: a guest whose ISN
+			 * clock was outrun by what it sent before would be kept out of the pair for a minute. */
+			if ((e->priv[i].flags & F_SYN_OLD) && sg.seq == f->up.rcv_nxt)
+				tcp_gone(e, i);
+			return;
+		}
+		if (sg.len || (sg.flags & (RN_TH_FIN | RN_TH_SYN))) {
+			if (sg.flags & RN_TH_SYN)
+				e->priv[i].flags |= F_SYN_OLD;
 			eg_work(e, i, W_ACK);
 			if (sg.flags & RN_TH_FIN) { /* its ACK was lost: wait anew (RFC 9293 3.10.7.4, eighth) */
 				e->priv[i].life_at = e->s->now + TCP_TIME_WAIT_NS;

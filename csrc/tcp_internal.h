@@ -72,7 +72,8 @@ enum { /* flow_priv.flags */
 	F_URG = 1u << 12,      /* host side sent urgent data: reads stop at its mark, a short one means nothing */
 	F_SYN_OUT = 1u << 13,  /* of a forward: the guest may have seen our SYN */
 	F_SYN_AGAIN = 1u << 14, /* and one was sent again because an old connection was in the way */
-	F_ASKED = 1u << 15	/* the SYN waits for the guest's MAC address */
+	F_ASKED = 1u << 15,	/* the SYN waits for the guest's MAC address */
+	F_SYN_OLD = 1u << 16	/* TIME-WAIT: a SYN with an old number was answered with an ACK */
 };
 
 struct eg_parked {
