@@ -124,6 +124,48 @@ int rn_arena_check(const void *mem, uint64_t size)
 	return arena_identity(mem, size, view, &nparts);
 }
 
+/**
+ * rn_arena_usage() - Who holds a part's buffers
+ * @mem:	The mapped object, read only will do
+ * @size:	Bytes mapped
+ * @part:	Row of the owner
+ * @out:	Filled
+ *
+ * From the holder words, so for whoever looks on: while frames move, a buffer handed on in between may be counted with
+ * its old or its new holder. At rest the numbers are exact.
+ *
+ * Return: 0; as rn_arena_check(); -ENOENT if there is no such part.
+ */
+int rn_arena_usage(const void *mem, uint64_t size, uint32_t part, struct rn_part_use *out)
+{
+	struct rn_part_view view[RN_STAGES_MAX];
+	uint32_t nparts;
+	int err = arena_identity(mem, size, view, &nparts);
+
+	if (err)
+		return err;
+	if (part >= nparts)
+		return -ENOENT;
+	*out = (struct rn_part_use){ .total = { view[part].nsmall, view[part].nlarge } };
+	for (int cls = 0; cls < 2; cls++) {
+		const uint8_t *at = (const uint8_t *)mem + (cls ? view[part].large_off : view[part].small_off);
+		uint32_t step = cls ? RN_BUF_LARGE : RN_BUF_SMALL;
+
+		for (uint32_t n = out->total[cls]; n; n--, at += step) {
+			/* relaxed: nothing else of the buffer is looked at */
+			uint32_t holder = atomic_load_explicit(&((const struct rn_buf *)at)->holder, memory_order_relaxed);
+
+			if (holder == RN_HOLDER_RETURNED)
+				out->returned[cls]++;
+			else if (holder > RN_STAGES_MAX)
+				out->unknown[cls]++;
+			else if (holder)
+				out->held[holder - 1][cls]++;
+		}
+	}
+	return 0;
+}
+
 /* Header of a buffer of our own part; @index is in range. */
 static struct rn_buf *own_buf(const struct rn_pool *p, uint32_t index)
 {

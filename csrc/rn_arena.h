@@ -86,7 +86,16 @@ struct rn_part_spec {
 uint64_t rn_arena_size(const struct rn_part_spec *spec, uint32_t nparts);
 int rn_arena_create(void *mem, uint64_t size, const struct rn_part_spec *spec, uint32_t nparts);
 int rn_arena_check(const void *mem, uint64_t size); /* as rn_ring_check() */
+
+struct rn_part_use { /* buffers of one part; second index: enum rn_buf_class */
+	uint32_t total[2];
+	uint32_t returned[2]; /* given back, not yet taken by the owner */
+	uint32_t held[8][2];  /* by stage row; a buffer in a ring is its consumer's */
+	uint32_t unknown[2];  /* the holder's word names nobody */
+};
+int rn_arena_usage(const void *mem, uint64_t size, uint32_t part, struct rn_part_use *out);
 /* CFFI END */
+_Static_assert(sizeof(((struct rn_part_use *)0)->held) == RN_STAGES_MAX * 2 * sizeof(uint32_t), "a row a stage");
 
 /* Handle: private to a process. */
 struct rn_pool {

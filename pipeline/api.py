@@ -169,9 +169,19 @@ class RingInfo(Struct, frozen=True, kw_only=True):
     total: int  # ever
 
 
+class BuffersInfo(Struct, frozen=True, kw_only=True):
+    stage: str  # that allocates them
+    kind: str  # small (2 KiB) or large (68 KiB)
+    total: int
+    free: int
+    held: dict[str, int]  # stage: how many it works on or has waiting in its rings
+
+
 class StatisticsInfo(Struct, frozen=True, kw_only=True):
     counters: dict[str, dict[str, int]]  # stage: counter: value; zeros left out (docs/metrics.md)
     rings: list[RingInfo]
+    buffers: list[BuffersInfo]
+    flows: dict[str, int]  # state: entries of the flow table; zeros left out
 
 
 class Seat(Struct, frozen=True, kw_only=True):
@@ -328,7 +338,7 @@ class Stages(Call, kw_only=True):
 
 
 class Statistics(Call, kw_only=True):
-    """Every counter that is not zero, and every ring."""
+    """Every counter that is not zero, every ring, and who holds frame buffers and flow entries."""
 
     call = "statistics"
     result = StatisticsInfo

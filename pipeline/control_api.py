@@ -25,7 +25,7 @@ import selectors
 import socket
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -560,10 +560,20 @@ class ControlApi:
             for f in monitor.stage_facts(self.session)])
 
     def _statistics(self, client: Client, call: api.Statistics, done: Done) -> api.StatisticsInfo:
+        assert self.session.memory is not None
         rings = [(r.name, self.session.ring_fill(r.name)) for r in self.session.topology.rings]
+
+        def named(held: dict[int, int]) -> dict[str, int]:
+            stages = self.session.topology.stages
+            return {stages[row].name if 0 <= row < len(stages) else "nobody": n for row, n in held.items()}
+
         return api.StatisticsInfo(
             counters={f.name: f.counters for f in monitor.stage_facts(self.session)},
-            rings=[api.RingInfo(name=n, fill=fill, total=total) for n, (fill, total) in rings])
+            rings=[api.RingInfo(name=n, fill=fill, total=total) for n, (fill, total) in rings],
+            buffers=[api.BuffersInfo(stage=stage, kind=kind, total=use.total, free=use.free, held=named(use.held))
+                     for stage, uses in self.session.buffers().items()
+                     for kind, use in zip(("small", "large"), uses, strict=True) if use.total],
+            flows=dict(Counter(f.state.name.lower() for f in self.session.memory.flows)))
 
     def _flows_list(self, client: Client, call: api.FlowsList, done: Done) -> api.FlowList:
         """`start` is an entry of the table here, so that a page costs what it shows."""

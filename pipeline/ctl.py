@@ -53,7 +53,7 @@ def parser() -> Parser:
     add(commands, "ls", ls, "the sessions that run")
     add(commands, "status", status, "the session in a few words")
     add(commands, "stages", stages, "each stage: state, frames, drops by reason, CPU")
-    add(commands, "statistics", statistics, "every counter that is not zero, and every ring")
+    add(commands, "statistics", statistics, "every counter that is not zero, rings, frame buffers and flows")
 
     forward = group("forward", "ports of the host that lead to the guest")
     p = add(forward, "add", forward_add, "forward ports; all, or none")
@@ -172,8 +172,12 @@ def statistics(client: Client, args: argparse.Namespace, out: Output) -> None:
     found = client.call(api.Statistics())
     rows = [[stage, name, str(value)] for stage, counters in found.counters.items() for name, value in counters.items()]
     rings = [[r.name, str(r.fill), str(r.total)] for r in found.rings]
+    buffers = [[b.stage, b.kind, str(b.total), str(b.free), ", ".join(f"{who} {n}" for who, n in b.held.items()) or "nobody"]
+               for b in found.buffers]
     out.show(found, table(["stage", "counter", "value"], rows, frozenset({0, 1})) + "\n\n"
-             + table(["ring", "waiting", "ever"], rings))
+             + table(["ring", "waiting", "ever"], rings) + "\n\n"
+             + table(["buffers of", "kind", "total", "free", "held by"], buffers, frozenset({0, 1, 4})) + "\n\n"
+             + table(["flows", "entries"], [[state, str(n)] for state, n in sorted(found.flows.items())]))
 
 
 def _done(out: Output, changed: api.Changed, one: str, many: str) -> None:

@@ -66,7 +66,7 @@ from pipeline.messages import (
 from pipeline.seats import Seats
 from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
 from shm._dataplane import lib
-from shm.arena import Arena
+from shm.arena import Arena, Use
 from shm.cell import Session as CellTable
 from shm.cell import counters_of
 from shm.flows import Flows
@@ -337,6 +337,12 @@ class Session:
         assert self.memory is not None, "session is closed"
         stat = self.memory.rings[name].stat()
         return stat.fill, stat.tail
+
+    def buffers(self) -> dict[str, tuple[Use, Use]]:
+        """Frame buffers, small and large, by the stage they belong to. The arena is mapped for as long as that takes."""
+        assert self.memory is not None, "session is closed"
+        with Arena.look(self.memory.arena.fd, self.memory.arena.size) as arena:
+            return {s.name: arena.usage(row) for row, s in enumerate(self.topology.stages) if s.small or s.large}
 
     # -- the loop
 

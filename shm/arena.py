@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable, Sequence
 from typing import Self
+
+from msgspec import Struct
 
 from shm._dataplane import ffi, lib
 from shm.memory import CData, SharedObject, check
@@ -12,6 +15,18 @@ from shm.ring import Desc
 
 def _spec(parts: Sequence[tuple[int, int]]) -> CData:
     return ffi.new("struct rn_part_spec[]", [(small, large) for small, large in parts])
+
+
+class Use(Struct, frozen=True, kw_only=True):
+    """Who holds one class of a part's buffers. At rest exact; while frames move, as of about now."""
+
+    total: int
+    returned: int  # given back, not yet taken by the owner
+    held: dict[int, int]  # stage row (-1: the word names nobody): buffers; one in a ring is its consumer's; no zeros
+
+    @property
+    def free(self) -> int:
+        return self.total - sum(self.held.values())
 
 
 class Arena(SharedObject):
@@ -26,6 +41,20 @@ class Arena(SharedObject):
 
     def _check(self) -> int:
         return lib.rn_arena_check(self.mem, self.size)
+
+    def usage(self, part: int) -> tuple[Use, Use]:
+        """Small and large buffers of a part. Raises LayoutMismatch."""
+        out = ffi.new("struct rn_part_use *")
+        check(lib.rn_arena_usage(self.mem, self.size, part, out), f"{self.name}, part {part}")
+        small, large = (Use(total=out.total[c], returned=out.returned[c],
+                            held={row: out.held[row][c] for row in range(len(out.held)) if out.held[row][c]}
+                            | ({-1: out.unknown[c]} if out.unknown[c] else {})) for c in range(2))
+        return small, large
+
+    @classmethod
+    def look(cls, fd: int, size: int) -> Arena:
+        """Map another process's arena for reading; the descriptor stays the caller's. Raises LayoutMismatch, OSError."""
+        return cls.attach(os.dup(fd), size, read_only=True)
 
     def pool(self, row: int, *, owner: bool = True, recover: bool = False) -> Pool:
         """Use it as stage `row`; owner: allocate from part `row`. Raises LayoutMismatch."""

@@ -28,6 +28,7 @@ from pipeline.seats import SeatError
 from pipeline.services.hosts import HostsTable
 from pipeline.supervisor import Child, Link
 from pipeline.topology import TOPOLOGY, Feature
+from shm.arena import Use
 from shm.cell import Session as CellTable
 from shm.flows import Flows
 
@@ -115,6 +116,10 @@ class FakeSession:
 
     def ring_fill(self, name: str) -> tuple[int, int]:
         return 0, 7
+
+    def buffers(self) -> dict[str, tuple[Use, Use]]:
+        return {"guest_tx": (Use(total=8, returned=1, held={0: 1, 2: 3}), Use(total=2, returned=0, held={})),
+                "services": (Use(total=4, returned=0, held={-1: 1}), Use(total=0, returned=0, held={}))}
 
     def end(self, reason: str) -> None:
         self.ending = True

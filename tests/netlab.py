@@ -320,6 +320,8 @@ def serving(listener: socket.socket, serve: Callable[[socket.socket], None]) -> 
             except OSError:
                 return  # shut down below
             connection.settimeout(DEADLINE)
+            if len(threads) > 200:  # a server may live long
+                threads[:] = [t for t in threads if t.is_alive()]
             threads.append(threading.Thread(target=one, args=(connection,), daemon=True))
             threads[-1].start()
 

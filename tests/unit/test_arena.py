@@ -248,3 +248,21 @@ def test_longest_frames_fit(arena):
     assert LARGE - ETH >= 65535 + 14
     with pytest.raises(ValueError, match="does not fit"):
         pool.take(SMALL - ETH + 1)
+
+
+def test_usage_says_who_holds_what(arena):
+    owner, other = arena.pool(0), arena.pool(2)
+    taken = [owner.take(), owner.take(), owner.take()]
+    owner.take(large=True)
+    struct.pack_into("I", arena.buffer(), taken[0].off - ETH, 2 + 1)  # handed to stage 2
+    other.give(taken[1])
+    small, large = arena.usage(0)
+    assert (small.total, small.held, small.returned, small.free) == (4, {0: 1, 2: 1}, 1, 2)
+    assert (large.total, large.held, large.returned, large.free) == (2, {0: 1}, 0, 1)
+    struct.pack_into("I", arena.buffer(), taken[2].off - ETH, 4711)  # a hostile stage's word
+    assert arena.usage(0)[0].held == {2: 1, -1: 1}
+    assert [u.total for u in arena.usage(1)] == [0, 0]
+    with Arena.look(arena.fd, arena.size) as seen:
+        assert seen.usage(0) == arena.usage(0)
+    with pytest.raises(LayoutMismatch, match="part 3"):
+        arena.usage(3)

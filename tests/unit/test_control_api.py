@@ -169,6 +169,11 @@ def test_status_stages_statistics(server: Server, peer: Peer) -> None:
     statistics = peer.result("statistics")
     assert statistics["counters"]["egress"] == {"frames_in": 1}
     assert {"name": "guest_tx->classify", "fill": 0, "total": 7} in statistics["rings"]
+    assert statistics["buffers"] == [
+        {"stage": "guest_tx", "kind": "small", "total": 8, "free": 4, "held": {"guest_tx": 1, "egress": 3}},
+        {"stage": "guest_tx", "kind": "large", "total": 2, "free": 2, "held": {}},
+        {"stage": "services", "kind": "small", "total": 4, "free": 3, "held": {"nobody": 1}}]
+    assert statistics["flows"] == {}
 
 
 def test_flows_close_log_cancel(server: Server, peer: Peer) -> None:
