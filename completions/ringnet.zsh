@@ -138,9 +138,14 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"capture|-s" | "capture|--session" | "capture|--api-socket" | "capture|-w" | "capture|--write" | "capture|--host" | "capture|--port" | "capture|--proto" | "capture|--flow" | "capture|--snaplen" | "capture|-c" | "capture|--count" | "capture|--file-size" | "capture|--files" | "capture|--buffer")
+			skip=1
+			option=$w
+			continue
+			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl log" | "ctl events" | "ctl cancel" | "completion" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl log" | "ctl events" | "ctl cancel" | "capture" | "completion" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -200,11 +205,14 @@ _ringnet() {
 		"ctl events|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"ctl cancel|-s" | "ctl cancel|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
 		"ctl cancel|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"capture|-s" | "capture|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"capture|--api-socket" | "capture|-w" | "capture|--write") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"capture|--proto") COMPREPLY=($(compgen -W "tcp udp icmp" -- "$cur")) ;;
 		esac
 		return
 	fi
 	case "$path" in
-	"") COMPREPLY=($(compgen -W "run attach demo ctl completion stage -h --help --version" -- "$cur")) ;;
+	"") COMPREPLY=($(compgen -W "run attach demo ctl capture completion stage -h --help --version" -- "$cur")) ;;
 	"run") COMPREPLY=($(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"attach") COMPREPLY=($(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"demo") COMPREPLY=($(compgen -W "" -- "$cur")) ;;
@@ -231,6 +239,7 @@ _ringnet() {
 	"ctl log") COMPREPLY=($(compgen -W "error warning info debug -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl events") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --count" -- "$cur")) ;;
 	"ctl cancel") COMPREPLY=($(compgen -W "nic1 nic2 -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"capture") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -w --write --host --port --proto --flow --drops --snaplen -c --count --file-size --files --buffer -q --quiet" -- "$cur")) ;;
 	"completion") COMPREPLY=($(compgen -W "bash zsh -h --help" -- "$cur")) ;;
 	"stage") COMPREPLY=($(compgen -W "-h --help" -- "$cur")) ;;
 	esac

@@ -21,19 +21,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PCAP_BATCH 262144u /* bytes: three super-frames and more; flushed early when full */
+#include "rn_pcapng.h"
 
-/* Block types, option codes: draft-ietf-opsawg-pcapng 4.1, 4.2, 4.3. Host byte order; the magic tells. */
-#define PCAPNG_SHB 0x0a0d0d0au
-#define PCAPNG_IDB 1u
-#define PCAPNG_EPB 6u
-#define PCAPNG_BYTE_ORDER 0x1a2b3c4du
-#define PCAPNG_OPT_END 0u
-#define PCAPNG_SHB_USERAPPL 4u
-#define PCAPNG_IF_NAME 2u
-#define PCAPNG_IF_TSRESOL 9u
-#define PCAPNG_EPB_FLAGS 2u
-#define PCAPNG_LINKTYPE_ETHERNET 1u
+#define PCAP_BATCH 262144u /* bytes: three super-frames and more; flushed early when full */
 
 /* Fixed parts of an enhanced packet block, in front of and behind the padded frame. */
 #define EPB_HEAD 28u
@@ -49,42 +39,6 @@ struct rn_pcap {
 	uint64_t written, lost;
 	uint8_t *buf; /* PCAP_BATCH bytes */
 };
-
-static uint32_t pad4(uint32_t n)
-{
-	return (n + 3u) & ~3u;
-}
-
-static uint8_t *put32(uint8_t *p, uint32_t v)
-{
-	memcpy(p, &v, sizeof(v));
-	return p + sizeof(v);
-}
-
-static uint8_t *put16(uint8_t *p, uint16_t v)
-{
-	memcpy(p, &v, sizeof(v));
-	return p + sizeof(v);
-}
-
-static uint8_t *put_option(uint8_t *p, uint16_t code, const void *value, uint16_t len)
-{
-	p = put16(p, code);
-	p = put16(p, len);
-	memset(p, 0, pad4(len));
-	if (len)
-		memcpy(p, value, len);
-	return p + pad4(len);
-}
-
-/* Close a block that began at @start: its length goes in both ends. */
-static uint8_t *end_block(uint8_t *start, uint8_t *p)
-{
-	uint32_t total = (uint32_t)(p - start) + 4;
-
-	put32(start + 4, total);
-	return put32(p, total);
-}
 
 static int write_all(int fd, const uint8_t *p, size_t n)
 {
@@ -108,27 +62,27 @@ int rn_pcap_begin(int fd, const char *ifname, uint32_t snaplen)
 	size_t name_len = strnlen(ifname, 64);
 	uint8_t head[256], *p = head, *start = head;
 
-	p = put32(p, PCAPNG_SHB);
-	p = put32(p, 0);
-	p = put32(p, PCAPNG_BYTE_ORDER);
-	p = put16(p, 1);
-	p = put16(p, 0);
-	p = put32(p, UINT32_MAX); /* section length, 64 bits: not known */
-	p = put32(p, UINT32_MAX);
-	p = put_option(p, PCAPNG_SHB_USERAPPL, app, sizeof(app) - 1);
-	p = put_option(p, PCAPNG_OPT_END, NULL, 0);
-	p = end_block(start, p);
+	p = pcapng_put32(p, PCAPNG_SHB);
+	p = pcapng_put32(p, 0);
+	p = pcapng_put32(p, PCAPNG_BYTE_ORDER);
+	p = pcapng_put16(p, 1);
+	p = pcapng_put16(p, 0);
+	p = pcapng_put32(p, UINT32_MAX); /* section length, 64 bits: not known */
+	p = pcapng_put32(p, UINT32_MAX);
+	p = pcapng_option(p, PCAPNG_SHB_USERAPPL, app, sizeof(app) - 1);
+	p = pcapng_option(p, PCAPNG_OPT_END, NULL, 0);
+	p = pcapng_end(start, p);
 
 	start = p;
-	p = put32(p, PCAPNG_IDB);
-	p = put32(p, 0);
-	p = put16(p, PCAPNG_LINKTYPE_ETHERNET);
-	p = put16(p, 0);
-	p = put32(p, snaplen);
-	p = put_option(p, PCAPNG_IF_NAME, ifname, (uint16_t)name_len);
-	p = put_option(p, PCAPNG_IF_TSRESOL, &nanoseconds, 1);
-	p = put_option(p, PCAPNG_OPT_END, NULL, 0);
-	p = end_block(start, p);
+	p = pcapng_put32(p, PCAPNG_IDB);
+	p = pcapng_put32(p, 0);
+	p = pcapng_put16(p, PCAPNG_LINKTYPE_ETHERNET);
+	p = pcapng_put16(p, 0);
+	p = pcapng_put32(p, snaplen);
+	p = pcapng_option(p, PCAPNG_IF_NAME, ifname, (uint16_t)name_len);
+	p = pcapng_option(p, PCAPNG_IF_TSRESOL, &nanoseconds, 1);
+	p = pcapng_option(p, PCAPNG_OPT_END, NULL, 0);
+	p = pcapng_end(start, p);
 	return write_all(fd, head, (size_t)(p - head));
 }
 
@@ -194,7 +148,7 @@ void rn_pcap_frame(struct rn_pcap *p, const uint8_t *eth, uint32_t len)
 {
 	uint32_t cap = p->snaplen && len > p->snaplen ? p->snaplen : len;
 	uint32_t flags = (uint32_t)p->dir;
-	uint64_t need = (uint64_t)EPB_HEAD + pad4(cap) + EPB_TAIL;
+	uint64_t need = (uint64_t)EPB_HEAD + pcapng_pad4(cap) + EPB_TAIL;
 	struct timespec ts;
 	uint8_t *start, *b;
 	uint64_t ns;
@@ -209,19 +163,19 @@ void rn_pcap_frame(struct rn_pcap *p, const uint8_t *eth, uint32_t len)
 	clock_gettime(CLOCK_REALTIME, &ts);
 	ns = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 	start = b = p->buf + p->used;
-	b = put32(b, PCAPNG_EPB);
-	b = put32(b, 0);
-	b = put32(b, 0); /* interface: the only one */
-	b = put32(b, (uint32_t)(ns >> 32));
-	b = put32(b, (uint32_t)ns);
-	b = put32(b, cap);
-	b = put32(b, len);
+	b = pcapng_put32(b, PCAPNG_EPB);
+	b = pcapng_put32(b, 0);
+	b = pcapng_put32(b, 0); /* interface: the only one */
+	b = pcapng_put32(b, (uint32_t)(ns >> 32));
+	b = pcapng_put32(b, (uint32_t)ns);
+	b = pcapng_put32(b, cap);
+	b = pcapng_put32(b, len);
 	memcpy(b, eth, cap);
-	memset(b + cap, 0, pad4(cap) - cap);
-	b += pad4(cap);
-	b = put_option(b, PCAPNG_EPB_FLAGS, &flags, sizeof(flags));
-	b = put_option(b, PCAPNG_OPT_END, NULL, 0);
-	b = end_block(start, b);
+	memset(b + cap, 0, pcapng_pad4(cap) - cap);
+	b += pcapng_pad4(cap);
+	b = pcapng_option(b, PCAPNG_EPB_FLAGS, &flags, sizeof(flags));
+	b = pcapng_option(b, PCAPNG_OPT_END, NULL, 0);
+	b = pcapng_end(start, b);
 	p->used += (uint32_t)(b - start);
 	p->batch++;
 }

@@ -464,6 +464,9 @@ void rn_stage_fini(struct rn_stage *s)
 	for (uint32_t i = 0; i <= RN_NROLES; i++)
 		impair_end(s, i);
 	rn_stage_publish(s);
+	if (s->tapped)
+		rn_tap_flush(s);
+	rn_tap_end(s);
 	publish_counters(s);
 }
 
@@ -571,6 +574,8 @@ void rn_stage_end(struct rn_stage *s)
 		if (s->impair[i])
 			impair_flush(s, i);
 	rn_stage_publish(s);
+	if (RN_UNLIKELY(s->tapped))
+		rn_tap_flush(s);
 	s->c[RN_C_turns]++;
 	if (s->want_buf)
 		s->c[RN_C_stalls_buf]++;

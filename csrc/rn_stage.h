@@ -13,6 +13,7 @@
 #include "rn_layout.h"
 #include "rn_ring.h"
 #include "rn_session.h"
+#include "rn_tap.h"
 
 /* CFFI BEGIN */
 enum rn_role { /* what a producer calls an output ring; inputs have none and are served in turn */
@@ -65,6 +66,13 @@ int rn_stage_set_impair(struct rn_stage *s, int where, const struct rn_impair_sp
 /* For a stage whose loop is not in C: frames the bad wires hold, and ms until one wants a look (-1: none). */
 uint64_t rn_stage_impair_held(const struct rn_stage *s);
 int rn_stage_impair_wait(const struct rn_stage *s);
+
+/* A capture (rn_tap.h) of the frames at @points (bits of enum rn_tap_point) that match @filter, into the mirror at @mem;
+ * @bell: its reader's eventfd. @drops: only those that this stage drops. Memory and descriptor stay the caller's, and
+ * must be there until rn_tap_stop(). 0, or a negative errno with rn_stage_error() set (stop: -ENOENT). */
+int rn_tap_start(struct rn_stage *s, uint32_t id, void *mem, uint64_t size, int bell, uint32_t points, uint32_t snaplen,
+		 int drops, const struct rn_filter *filter);
+int rn_tap_stop(struct rn_stage *s, uint32_t id);
 
 void rn_stage_state(struct rn_stage *s, int state); /* publish enum rn_stage_state */
 void rn_stage_drain(struct rn_stage *s);	     /* from now on RN_RUN_DRAINED when idle */
@@ -120,6 +128,8 @@ struct rn_stage {
 	struct rn_impair *impair[RN_NROLES + 1]; /* by role; the last is the link's. NULL: none */
 	uint8_t impair_stuck[RN_NROLES + 1];	 /* turn() sets: what is due waits for room, a buffer or the link */
 	uint8_t impaired;			 /* 1: there is one */
+	uint32_t tapped;			 /* points somebody captures: bits of enum rn_tap_point */
+	struct rn_taps *taps;			 /* NULL until the first capture */
 	uint64_t now; /* CLOCK_MONOTONIC ns, read once a turn */
 	uint64_t c[RN_NCOUNTERS];
 	uint64_t wakes_before; /* doorbells rung by earlier generations */
@@ -136,6 +146,30 @@ void rn_stage_impair_feed(struct rn_stage *s, struct rn_impair *im, const uint8_
 static inline int rn_stage_impair_open(const struct rn_stage *s, const struct rn_impair *im)
 {
 	return s->draining || rn_impair_open(im, s->now);
+}
+
+/* Captures: rn_tap_frame() when a frame comes, rn_tap_done() when it was handled, rn_tap_undo() if it stays where it
+ * was and will come again. @point: enum rn_tap_point; @dir: enum rn_pcap_dir or 0. A frame in two pieces, its headers in
+ * the first: rn_tap_frame2(). */
+void rn_tap_frame2(struct rn_stage *s, uint32_t point, int dir, const uint8_t *head, uint32_t head_len,
+		   const uint8_t *rest, uint32_t rest_len);
+void rn_tap_close(struct rn_stage *s, int undo);
+void rn_tap_flush(struct rn_stage *s); /* the turn is over */
+void rn_tap_end(struct rn_stage *s);   /* the stage is over */
+static inline void rn_tap_frame(struct rn_stage *s, uint32_t point, int dir, const uint8_t *eth, uint32_t len)
+{
+	if (RN_UNLIKELY(s->tapped & 1u << point))
+		rn_tap_frame2(s, point, dir, eth, len, NULL, 0);
+}
+static inline void rn_tap_done(struct rn_stage *s)
+{
+	if (RN_UNLIKELY(s->tapped) && s->taps->open)
+		rn_tap_close(s, 0);
+}
+static inline void rn_tap_undo(struct rn_stage *s)
+{
+	if (RN_UNLIKELY(s->tapped) && s->taps->open)
+		rn_tap_close(s, 1);
 }
 
 /* Set the error text; returns @err, so that `return rn_fail(s, -EPROTO, "...")` reads well. */

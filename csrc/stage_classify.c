@@ -312,6 +312,13 @@ static int classify_one(struct rn_stage *s, struct stage_classify *c, const stru
 	return 1;
 }
 
+/* For a capture of the input ring. */
+static void tap(struct rn_stage *s, uint32_t i, const struct rn_desc *d)
+{
+	if (RN_UNLIKELY(s->tapped) && rn_buf_of(&s->pool, d))
+		rn_tap_frame(s, i, RN_PCAP_FROM_GUEST, s->pool.base + d->off, d->len);
+}
+
 /* Datagrams whose time is over (RFC 1122 3.3.2: tell the sender, if the first fragment came). */
 static void expire(struct rn_stage *s, struct stage_classify *c)
 {
@@ -339,10 +346,13 @@ static int classify_turn(struct rn_stage *s)
 		for (k = 0; k < n; k++) {
 			struct rn_desc d = rn_ring_at(&s->in[i], k);
 
+			tap(s, i, &d);
 			if (!classify_one(s, c, &d)) {
+				rn_tap_undo(s);
 				s->hold_input = 1;
 				break;
 			}
+			rn_tap_done(s);
 		}
 		if (!k)
 			continue;

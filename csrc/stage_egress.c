@@ -880,7 +880,7 @@ static int check_frame(struct eg_frame *f, struct rn_buf *b, const uint8_t *eth,
 	return 0;
 }
 
-static void take_frame(struct egress *e, const struct rn_desc *d)
+static void take_frame(struct egress *e, uint32_t input, const struct rn_desc *d)
 {
 	struct rn_stage *s = e->s;
 	struct rn_buf *b = rn_buf_of(&s->pool, d);
@@ -892,6 +892,7 @@ static void take_frame(struct egress *e, const struct rn_desc *d)
 		s->c[RN_C_drop_bad_descriptor]++;
 		return;
 	}
+	rn_tap_frame(s, input, RN_PCAP_FROM_GUEST, s->pool.base + d->off, d->len);
 	if (b->meta.ip_version == 0 && d->len >= RN_ETH_HLEN + RN_ARP_LEN &&
 	    rn_get16(s->pool.base + d->off + 12) == RN_ETHERTYPE_ARP) { /* stage_classify.c */
 		inbound_arp(e, s->pool.base + d->off, d->len);
@@ -932,7 +933,8 @@ static int run_input(struct egress *e)
 		for (int j = 0; j < n; j++) {
 			struct rn_desc d = rn_ring_at(&s->in[k], (uint32_t)j);
 
-			take_frame(e, &d);
+			take_frame(e, k, &d);
+			rn_tap_done(s);
 		}
 		if (n)
 			rn_ring_consume(&s->in[k], (uint32_t)n);

@@ -106,11 +106,13 @@ static void refused(struct rn_stage *s, struct stage_guest_rx *g, int err)
 	}
 }
 
-/* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
+/* Onto the link; rn_tap_done() or rn_tap_undo() is the caller's. 1: done with it, written or dropped; 0: the link is full. */
 static int write_link(struct rn_stage *s, struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
 {
-	int err = g->link.fd < 0 ? -ENODEV : fits(g, eth, len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
+	int err;
 
+	rn_tap_frame(s, RN_TAP_LINK, RN_PCAP_TO_GUEST, eth, len);
+	err = g->link.fd < 0 ? -ENODEV : fits(g, eth, len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
 	if (err == -EAGAIN)
 		return 0;
 	if (err) {
@@ -137,7 +139,7 @@ static int flush_link(struct rn_stage *s, struct stage_guest_rx *g)
 }
 
 /* One descriptor. 1: done with it; 0: the link is full, it stays in the ring. */
-static int take_one(struct rn_stage *s, struct stage_guest_rx *g, const struct rn_desc *d)
+static int take_one(struct rn_stage *s, struct stage_guest_rx *g, uint32_t input, const struct rn_desc *d)
 {
 	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
 	struct rn_buf *b = rn_buf_of(&s->pool, d);
@@ -149,10 +151,14 @@ static int take_one(struct rn_stage *s, struct stage_guest_rx *g, const struct r
 		return 1;
 	}
 	eth = s->pool.base + d->off;
-	if (RN_UNLIKELY(im))
+	rn_tap_frame(s, input, RN_PCAP_TO_GUEST, eth, d->len);
+	if (RN_UNLIKELY(im)) {
 		rn_stage_impair_feed(s, im, eth, d->len, d->flags, NULL);
-	else if (!write_link(s, g, eth, d->len))
+	} else if (!write_link(s, g, eth, d->len)) {
+		rn_tap_undo(s);
 		return 0;
+	}
+	rn_tap_done(s);
 	s->c[RN_C_frames_in]++;
 	s->c[RN_C_bytes_in] += d->len;
 	g->spent[g->nspent++] = b;
@@ -167,9 +173,11 @@ static int arrived(struct rn_stage *s, struct stage_guest_rx *g, struct rn_impai
 
 	for (n = 0; n < (int)(2 * RN_INPUTS_MAX * BURST) && !g->blocked && rn_impair_peek(im, s->now, s->draining, &f); n++) {
 		if (!write_link(s, g, f.vnet_then_frame + RN_VNET_HLEN, f.len)) {
+			rn_tap_undo(s);
 			*err = wait_writable(s, g);
 			break;
 		}
+		rn_tap_done(s);
 		rn_impair_pop(im);
 	}
 	s->impair_stuck[RN_IMPAIR_LINK] = (uint8_t)g->blocked;
@@ -193,7 +201,7 @@ static int guest_rx_turn(struct rn_stage *s)
 			closed = im && !rn_stage_impair_open(s, im);
 			if (RN_UNLIKELY(closed))
 				break;
-			if (!take_one(s, g, &d)) {
+			if (!take_one(s, g, i, &d)) {
 				err = wait_writable(s, g);
 				break;
 			}

@@ -202,10 +202,12 @@ static int guest_tx_turn(struct rn_stage *s)
 		s->c[RN_C_bytes_in] += (uint64_t)len;
 		if (t->pcap) /* also what is dropped: one captures to see why */
 			rn_pcap_frame(t->pcap, eth, (uint32_t)len);
+		rn_tap_frame(s, RN_TAP_LINK, RN_PCAP_FROM_GUEST, eth, (uint32_t)len);
 		if (RN_UNLIKELY(im))
 			rn_stage_impair_feed(s, im, eth, (uint32_t)len, 0, NULL);
 		else if (frame_ok(s, t, eth, (uint32_t)len, &flags))
 			hand_on(s, t, eth, (uint32_t)len, flags);
+		rn_tap_done(s);
 	}
 	if (RN_UNLIKELY(im))
 		n += arrived(s, t, im);

@@ -123,6 +123,7 @@ int rn_services_recv(struct rn_stage *s, struct services_datagram *out, uint8_t 
 {
 	uint32_t empty = 0;
 
+	rn_tap_done(s); /* what the caller did with the one before, drops included, is known now */
 	while (empty < s->nin) {
 		uint32_t i = s->next_in % s->nin;
 		struct rn_ring_rx *rx = &s->in[i];
@@ -144,6 +145,7 @@ int rn_services_recv(struct rn_stage *s, struct services_datagram *out, uint8_t 
 			rn_ring_consume(rx, 1);
 			continue;
 		}
+		rn_tap_frame(s, i, RN_PCAP_FROM_GUEST, s->pool.base + d.off, d.len);
 		err = services_parse(s->pool.base + d.off, d.len, &b->meta, out, buf, cap);
 		s->c[RN_C_frames_in]++;
 		s->c[RN_C_bytes_in] += d.len;
@@ -152,6 +154,7 @@ int rn_services_recv(struct rn_stage *s, struct services_datagram *out, uint8_t 
 		if (!err)
 			return 1;
 		s->c[RN_C_drop_bad_meta]++;
+		rn_tap_done(s);
 	}
 	return 0;
 }

@@ -226,6 +226,43 @@ class PolicyInfo(Struct, frozen=True, kw_only=True):
     denied_in: int  # clients and datagrams of forwards
 
 
+class SharedInfo(Struct, frozen=True, kw_only=True):
+    """A shared object; its descriptor comes with the reply."""
+
+    name: str
+    size: int
+
+
+class MemoryInfo(Struct, frozen=True, kw_only=True):
+    """Descriptors with the reply, read-only, in this order: session, arena, flows, then each of `rings`."""
+
+    session: SharedInfo
+    arena: SharedInfo
+    flows: SharedInfo
+    rings: list[SharedInfo]
+    stages: list[str]  # by row
+    started_ns: int  # CLOCK_MONOTONIC
+
+
+class CaptureInterface(Struct, frozen=True, kw_only=True):
+    name: str
+    description: str
+
+
+class CaptureMirror(Struct, frozen=True, kw_only=True):
+    stage: str
+    size: int
+    interfaces: list[int]  # index into CaptureStarted.interfaces, by capture point (csrc/rn_tap.h)
+
+
+class CaptureStarted(Struct, frozen=True, kw_only=True):
+    """Descriptors with the reply: the mirrors (csrc/rn_mirror.h), in order, then the reader's doorbell (eventfd)."""
+
+    capture: int
+    interfaces: list[CaptureInterface]
+    mirrors: list[CaptureMirror]
+
+
 # --- calls ---------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +405,39 @@ class Policy(Call, kw_only=True):
     result = PolicyInfo
 
 
+class Memory(Call, kw_only=True):
+    """The session's shared memory, to be looked at without asking again: stages, rings and flows (`ringnet top`)."""
+
+    call = "memory"
+    result = MemoryInfo
+
+
+FlowName = Annotated[str, Meta(pattern=r"^[0-9]{1,10}\.[0-9]{1,10}$")]
+CAPTURE_BUFFER = 16 << 20  # bytes of a mirror, if not said
+
+
+class CaptureStart(Call, kw_only=True):
+    """Copy frames out of the pipeline, until `capture.stop` or the end of this connection (`ringnet capture`)."""
+
+    call = "capture.start"
+    result = CaptureStarted
+    points: Annotated[list[str], Meta(min_length=1, max_length=64)]  # link, all, a ring or a stage
+    host: str = ""  # only frames from or to this address,
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0  # with this port (TCP, UDP),
+    proto: Literal["tcp", "udp", "icmp"] | None = None
+    flow: FlowName | None = None  # of this flow (`flows.list`); all that is given must match
+    snaplen: Annotated[int, Meta(ge=0, le=1 << 17)] = 0  # bytes of a frame kept at most; 0: all
+    drops: bool = False  # only frames that a stage drops
+    buffer: Annotated[int, Meta(ge=1 << 16, le=1 << 30)] = CAPTURE_BUFFER  # bytes of memory for each stage that copies
+
+
+class CaptureStop(Call, kw_only=True):
+    """End a capture of this connection. What was copied is still there to be read."""
+
+    call = "capture.stop"
+    capture: Annotated[int, Meta(ge=1)]
+
+
 class Log(Call, kw_only=True):
     """How much the session says on standard error."""
 
@@ -419,7 +489,8 @@ EVENTS: tuple[str, ...] = get_args(EventName)
 
 CALLS: dict[str, type[Call]] = {c.call: c for c in (
     ForwardsAdd, ForwardsRemove, ForwardsReplace, ForwardsList, HostsAdd, HostsRemove, HostsReplace, HostsList,
-    GetStatus, Stages, Statistics, FlowsList, FlowsClose, Policy, Log, CancelNic, StageHold, StageRelease, StageTake,
+    GetStatus, Stages, Statistics, Memory, FlowsList, FlowsClose, CaptureStart, CaptureStop, Policy, Log, CancelNic,
+    StageHold, StageRelease, StageTake,
     Subscribe)}
 
 

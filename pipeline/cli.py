@@ -1,4 +1,4 @@
-"""The command line: `ringnet run | attach | ctl | demo | completion | stage`. Parses, checks, calls;
+"""The command line: `ringnet run | attach | ctl | capture | demo | completion | stage`. Parses, checks, calls;
 options come from pipeline.config.
 
 Wrong usage is one line and exit 2; what only running shows is one line and exit 1 (pipeline.messages.Exit).
@@ -6,6 +6,7 @@ Wrong usage is one line and exit 2; what only running shows is one line and exit
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,12 @@ from pipeline.proxies import has_password
 
 EPILOG = """exit status: 0 fine; 1 it could not be set up; 2 usage; 70 a stage died, 71 a stage failed, 72 a stage did
 not start. `ringnet run` otherwise ends with the command's own status (128 + n if signal n ended it)."""
+
+# Commands with a module, and a parser, of their own.
+OWN_PARSERS = {
+    "ctl": "look at a running session, and change it",
+    "capture": "write frames of a running session as pcapng",
+}
 
 
 class UsageError(Exception):
@@ -122,8 +129,9 @@ def parser() -> Parser:
     add_settings(attach, tap=True)
     demo = commands.add_parser("demo", add_help=False, help="show the main job with nothing but this machine")
     demo.add_argument("rest", nargs=argparse.REMAINDER)
-    ctl = commands.add_parser("ctl", add_help=False, help="look at a running session, and change it")
-    ctl.add_argument("rest", nargs=argparse.REMAINDER)
+    for name, does in OWN_PARSERS.items():
+        own = commands.add_parser(name, add_help=False, help=does)
+        own.add_argument("rest", nargs=argparse.REMAINDER)
     completion = commands.add_parser("completion", help="print the completion script of a shell",
                                      description="Print a script that completes ringnet's commands and options:"
                                                  " source <(ringnet completion bash)")
@@ -139,10 +147,9 @@ def main(argv: list[str]) -> int:
             from pipeline.demo import main as demo
 
             return int(demo(argv[1:]))
-        if argv[:1] == ["ctl"]:
-            from pipeline.ctl import main as ctl
-
-            return ctl(argv[1:])
+        if argv[:1] and argv[0] in OWN_PARSERS:
+            found: int = importlib.import_module(f"pipeline.{argv[0]}").main(argv[1:])
+            return found
         ours, command = argv, []
         if "--" in argv:
             cut = argv.index("--")

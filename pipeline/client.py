@@ -4,6 +4,7 @@ Blocking, one thread. For other languages: docs/control-api.md; it is JSON lines
 """
 from __future__ import annotations
 
+import array
 import os
 import socket
 from collections import deque
@@ -16,6 +17,7 @@ import msgspec
 from pipeline import api, session_dir
 from pipeline.api import ApiError
 
+FDS_MAX = 64  # descriptors with one reply
 REPLY_S = 30.0  # for a reply: a session answers within milliseconds, on a busy machine within seconds
 _event = msgspec.json.Decoder(api.AnyEvent)
 
@@ -63,8 +65,13 @@ class Client:
 
     def close(self) -> None:
         self._sock.close()
-        while self.fds:
-            os.close(self.fds.pop())
+        for fd in self.take_fds():
+            os.close(fd)
+
+    def take_fds(self) -> list[int]:
+        """Descriptors that came with the last result; the caller's own from now on."""
+        fds, self.fds = self.fds, []
+        return fds
 
     def __enter__(self) -> Self:
         return self
@@ -123,13 +130,21 @@ class Client:
         except OSError as e:
             raise ClientError(f"{self.path}: {e.strerror}") from None
 
+    def _receive(self) -> bytes:
+        data, anc, _, _ = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC)
+        for level, kind, body in anc:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+                self.fds += fds
+        return data
+
     def _line(self) -> bytes:
         start = 0
         while (end := self._buffer.find(b"\n", start)) < 0:
             start = len(self._buffer)
             try:
-                data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
-                self.fds += fds
+                data = self._receive()
             except TimeoutError:
                 if self._sock.gettimeout() != self._timeout:
                     raise  # the caller's, of events()

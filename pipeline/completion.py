@@ -5,10 +5,11 @@ completions/ has the output; tests/unit/test_completion.py sees that it is curre
 from __future__ import annotations
 
 import argparse
+import importlib
 
 from msgspec import Struct
 
-from pipeline import cli, ctl
+from pipeline import cli
 
 SHELLS = ("bash", "zsh")
 
@@ -49,8 +50,8 @@ def nodes(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> list[N
         if isinstance(action, argparse._SubParsersAction):
             words += action.choices
             for name, sub in action.choices.items():
-                if path == () and name == "ctl":
-                    sub = ctl.parser()
+                if path == () and name in cli.OWN_PARSERS:
+                    sub = importlib.import_module(f"pipeline.{name}").parser()
                 below += nodes(sub, (*path, name))
         elif action.option_strings:
             options += action.option_strings

@@ -16,8 +16,10 @@ with or without a newline, and the connection is closed after the reply.
 """
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
+import ipaddress
 import os
 import re
 import select
@@ -33,12 +35,13 @@ import msgspec
 
 from pipeline import api, monitor
 from pipeline.api import ApiError, Code
+from pipeline.captures import CaptureError, Captures
 from pipeline.config import FORWARDS_OWNER as OPTIONS_OWNER
 from pipeline.forwards import Forward, ForwardError, ForwardSyntaxError, Proto
 from pipeline.forwards import check as check_forward
 from pipeline.forwards import parse as parse_forwards
 from pipeline.hosts_book import Delta, HostsBook, NotThere
-from pipeline.messages import CloseFlow, HostsChange, Notices
+from pipeline.messages import CloseFlow, FrameFilter, HostsChange, Notices
 from pipeline.seats import SeatError
 from pipeline.session_dir import Listening
 from pipeline.supervisor import Session
@@ -61,6 +64,15 @@ class _Later:
 
 
 LATER = _Later()
+
+
+class Carried(msgspec.Struct):
+    """A result with descriptors beside it: the caller's own if `give` is not set, else closed when they are sent."""
+
+    result: Any
+    fds: list[int]
+    give: bool = False
+
 
 _request = msgspec.json.Decoder(api.Request)
 _slirp = msgspec.json.Decoder(api.SlirpRequest)
@@ -119,6 +131,16 @@ def _peer(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _read_only(fd: int) -> int:
+    """Another descriptor of the same memory, that cannot be mapped for writing."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _hung_up(sock: socket.socket) -> bool:
     """Did the peer close its end whole, not only for writing?"""
     p = select.poll()
@@ -141,7 +163,9 @@ class Client:
         self.gone = False
         self.events: frozenset[str] = frozenset()
         self.lost = 0
-        self.give: list[int] = []  # descriptors that go with the next bytes sent
+        self.sent = 0  # bytes, ever
+        self.fds: deque[tuple[int, list[int]]] = deque()  # descriptors, and the byte, counted as `sent`, they go with
+        self.captures: set[int] = set()  # of this connection
 
 
 class ControlApi:
@@ -153,6 +177,7 @@ class ControlApi:
         self.name = name
         self.clients: list[Client] = []
         self.book = HostsBook()
+        self.captures = Captures(session)
         self._slirp_ids: dict[int, Forward] = {}
         self._slirp_next = 1
         self._serial = 0
@@ -169,7 +194,8 @@ class ControlApi:
             api.GetStatus: self._status, api.Stages: self._stages, api.Statistics: self._statistics,
             api.FlowsList: self._flows_list, api.FlowsClose: self._flows_close, api.Policy: self._policy, api.Log: self._log,
             api.CancelNic: self._cancel, api.Subscribe: self._subscribe, api.StageHold: self._stage_hold,
-            api.StageRelease: self._stage_release, api.StageTake: self._stage_take,
+            api.StageRelease: self._stage_release, api.StageTake: self._stage_take, api.Memory: self._memory,
+            api.CaptureStart: self._capture_start, api.CaptureStop: self._capture_stop,
         }
         try:
             self.listening = Listening(name, path)
@@ -189,6 +215,7 @@ class ControlApi:
         for client in list(self.clients):
             self._flush(client)
             self._drop(client)
+        self.captures.close()
         os.close(self._spare)
 
     # -- connections
@@ -227,10 +254,12 @@ class ControlApi:
             return
         client.gone = True
         self.clients.remove(client)
+        for _, fds in client.fds:
+            _close(fds)
+        for number in list(client.captures):
+            self.captures.end(number)
         self.session.unwatch(client.sock.fileno())
         client.sock.close()
-        while client.give:
-            os.close(client.give.pop())
         self._want_notices()
 
     def _takes(self, client: Client) -> bool:
@@ -327,19 +356,23 @@ class ControlApi:
 
     def _flush(self, client: Client) -> None:
         while client.out:
+            upto, with_it = SEND, False
+            if client.fds:  # SCM_RIGHTS come with the first byte of the send() they go with (unix(7))
+                ahead = client.fds[0][0] - client.sent
+                with_it = ahead == 0
+                upto = min(SEND, ahead) if ahead else 1
+            anc = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", client.fds[0][1]))] if with_it else []
             try:
-                if client.give:
-                    sent = socket.send_fds(client.sock, [memoryview(client.out)[:SEND]], client.give)
-                    while client.give:
-                        os.close(client.give.pop())
-                else:
-                    sent = client.sock.send(memoryview(client.out)[:SEND])
+                sent = client.sock.sendmsg([memoryview(client.out)[:upto]], anc)
             except BlockingIOError:
                 return
             except OSError:
                 self._drop(client)
                 return
             del client.out[:sent]
+            client.sent += sent
+            if with_it:
+                _close(client.fds.popleft()[1])
         self._tell_lost(client)
 
     @staticmethod
@@ -385,6 +418,13 @@ class ControlApi:
             client.busy = False
             if isinstance(result, ApiError):
                 self._refuse(client, request_id, result.code, str(result))
+            elif isinstance(result, Carried):
+                fds = result.fds if result.give else [os.dup(fd) for fd in result.fds]
+                if client.gone:
+                    _close(fds)
+                else:
+                    client.fds.append((client.sent + len(client.out), fds))
+                self._put(client, api.Reply(id=request_id, ok=True, result=result.result))
             else:
                 self._put(client, api.Reply(id=request_id, ok=True, result=result))
             if not self._handling:
@@ -616,6 +656,71 @@ class ControlApi:
         self.session.ask("egress", CloseFlow(index=index, gen=gen), answered)
         return LATER
 
+    def _memory(self, client: Client, call: api.Memory, done: Done) -> Carried:
+        memory, session = self.session.memory, self.session
+        assert memory is not None
+        objects = [memory.session, memory.arena, memory.flows, *memory.rings.values()]
+        infos = [api.SharedInfo(name=o.name, size=o.size) for o in objects]
+        fds: list[int] = []
+        try:
+            for o in objects:
+                fds.append(_read_only(o.fd))
+        except OSError as e:
+            _close(fds)
+            raise ApiError(Code.FAILED, f"cannot hand out the session's memory: {e.strerror}") from None
+        rings = [api.SharedInfo(name=n, size=r.size) for n, r in memory.rings.items()]
+        return Carried(api.MemoryInfo(session=infos[0], arena=infos[1], flows=infos[2], rings=rings,
+                                      stages=[s.name for s in session.topology.stages],
+                                      started_ns=int(session.started_at * 1e9)), fds, give=True)
+
+    def _flow_filter(self, name: str) -> dict[str, Any]:
+        """Raises ApiError."""
+        assert self.session.memory is not None
+        index, gen = (int(n) for n in name.split("."))
+        table = self.session.memory.flows
+        flow = table.read(index) if index < len(table) else None
+        if flow is None or flow.gen != gen:
+            raise ApiError(Code.NOT_FOUND, f"flow: there is no flow {name}")
+        return {"proto": flow.proto, "guest": flow.guest, "guest_port": flow.guest_port, "peer": flow.peer,
+                "peer_port": flow.peer_port}
+
+    def _capture_start(self, client: Client, call: api.CaptureStart, done: Done) -> _Later:
+        wanted: dict[str, Any] = {}
+        if call.host:
+            try:
+                wanted["host"] = str(ipaddress.ip_address(call.host))
+            except ValueError:
+                raise ApiError(Code.BAD_ARGS, f"host: {call.host}: not an IP address") from None
+        if call.port:
+            wanted["port"] = call.port
+        if call.flow:
+            wanted |= self._flow_filter(call.flow)
+        if call.proto:
+            wanted["proto"] = {name: number for number, name in PROTOCOLS.items()}[call.proto]
+
+        def started(result: tuple[api.CaptureStarted, list[int]] | CaptureError) -> None:
+            if isinstance(result, CaptureError):
+                done(ApiError(Code.FAILED, f"capture: {result}"))
+            elif client.gone:
+                self.captures.end(result[0].capture)
+            else:
+                client.captures.add(result[0].capture)
+                done(Carried(*result))
+
+        try:
+            number = self.captures.start(call, FrameFilter(**wanted), started)
+        except CaptureError as e:
+            raise ApiError(Code.BAD_ARGS, f"points: {e}") from None
+        client.captures.add(number)
+        return LATER
+
+    def _capture_stop(self, client: Client, call: api.CaptureStop, done: Done) -> api.Nothing:
+        if call.capture not in client.captures:
+            raise ApiError(Code.NOT_FOUND, f"capture: this connection has no capture {call.capture}")
+        client.captures.remove(call.capture)
+        self.captures.end(call.capture)
+        return api.Nothing()
+
     def _log(self, client: Client, call: api.Log, done: Done) -> api.Nothing:
         self.session.set_log_level(call.level)
         return api.Nothing()
@@ -642,13 +747,15 @@ class ControlApi:
         self._seat(lambda: self.session.seats.release(call.stage))
         return api.Nothing()
 
-    def _stage_take(self, client: Client, call: api.StageTake, done: Done) -> api.Seat:
+    def _stage_take(self, client: Client, call: api.StageTake, done: Done) -> Carried:
         with self._seat(lambda: self.session.seats.take(call.stage, _peer(client.sock)[0])) as theirs:
-            client.give.append(os.dup(theirs.fileno()))
-        return api.Seat(session=self.name, generation=self.session.child(call.stage).generation)
+            line = os.dup(theirs.fileno())
+        seat = api.Seat(session=self.name, generation=self.session.child(call.stage).generation)
+        return Carried(seat, [line], give=True)
 
     def _seated(self, stage: str) -> None:
         """Session.seats.listeners: a successor knows nothing of what its predecessor was told."""
+        self.captures.again(stage)
         if self._notices and stage in ("egress", "services"):
             self.session.ask(stage, Notices(on=True), lambda error: None)
         if stage == "services":

@@ -31,23 +31,30 @@ class Parser(argparse.ArgumentParser):
         raise CtlUsage(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
+def common(*, json: bool = True) -> Parser:
+    """Options of every command that looks at a session."""
+    made = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    made.add_argument("-s", "--session", metavar="NAME", help="which session ($RINGNET_SESSION; else the only one)")
+    made.add_argument("--api-socket", metavar="PATH", help="the session's control socket, instead of its name")
+    if json:
+        made.add_argument("--json", action="store_true", help="print the API's result, one JSON object a line")
+    return made
+
+
 def parser() -> Parser:
-    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("-s", "--session", metavar="NAME", help="which session ($RINGNET_SESSION; else the only one)")
-    common.add_argument("--api-socket", metavar="PATH", help="the session's control socket, instead of its name")
-    common.add_argument("--json", action="store_true", help="print the API's result, one JSON object a line")
-    top = Parser(prog="ringnet ctl", allow_abbrev=False, parents=[common], epilog=EPILOG,
+    shared = common()
+    top = Parser(prog="ringnet ctl", allow_abbrev=False, parents=[shared], epilog=EPILOG,
                  description="Look at a running session and change it.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(where: Any, name: str, does: Callable[..., Any], text: str) -> argparse.ArgumentParser:
-        p: argparse.ArgumentParser = where.add_parser(name, allow_abbrev=False, parents=[common], help=text,
+        p: argparse.ArgumentParser = where.add_parser(name, allow_abbrev=False, parents=[shared], help=text,
                                                       description=text[:1].upper() + text[1:] + ".")
         p.set_defaults(does=does)
         return p
 
     def group(name: str, text: str) -> Any:
-        return commands.add_parser(name, allow_abbrev=False, parents=[common], help=text).add_subparsers(
+        return commands.add_parser(name, allow_abbrev=False, parents=[shared], help=text).add_subparsers(
             dest="verb", metavar="VERB", required=True)
 
     add(commands, "ls", ls, "the sessions that run")

@@ -207,6 +207,36 @@ class Notices(Ask, kw_only=True):
     on: bool
 
 
+class FrameFilter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Frames a capture wants (csrc/rn_filter.h): those that match all that is given."""
+
+    proto: Annotated[int, Meta(ge=0, le=255)] = 0  # IP protocol; 0: any
+    host: str = ""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    guest: str = ""  # of one flow, with its port
+    guest_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    peer: str = ""  # "": a mapping that serves every peer
+    peer_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+
+
+class Capture(Ask, kw_only=True):
+    """Copy frames into a mirror (csrc/rn_mirror.h) until CaptureEnd. Descriptors: the mirror, its reader's doorbell."""
+
+    capture: Annotated[int, Meta(gt=0, lt=1 << 32)]  # what it is called when it ends
+    size: Annotated[int, Meta(gt=0)]  # bytes of the mirror
+    points: Annotated[int, Meta(gt=0)]  # bits of enum rn_tap_point
+    snaplen: Annotated[int, Meta(gt=0, lt=1 << 32)]
+    drops: bool = False  # only frames that the stage drops
+    filter: FrameFilter = FrameFilter()
+
+    def carries(self) -> int:
+        return 2
+
+
+class CaptureEnd(Ask, kw_only=True):
+    capture: int
+
+
 class Answer(Message):
     seq: int
     error: str = ""  # "": done
@@ -236,7 +266,8 @@ class Refused(Message):
 
 
 FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused
-ToStage = Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
+ToStage = (Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
+           | Capture | CaptureEnd)
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()

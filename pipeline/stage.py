@@ -28,6 +28,8 @@ from pipeline.messages import (
     Answer,
     Ask,
     Cancel,
+    Capture,
+    CaptureEnd,
     Channel,
     Configure,
     Ended,
@@ -47,6 +49,7 @@ from pipeline.messages import (
 from pipeline.topology import TOPOLOGY
 from shm._dataplane import ffi, lib
 from shm.cell import counters_of
+from shm.mirror import c_filter
 
 CData = Any  # cffi has no type for a pointer
 
@@ -99,7 +102,9 @@ class StageContext:
         self.draining = False
         self.drain_ms = 0
         # What a stage does when asked: returns "" or why it did not. Descriptors that came with it are its own then.
-        self.handlers: dict[type[Ask], Callable[[Any, list[int]], str]] = {LogLevel: self._set_log_level}
+        self.handlers: dict[type[Ask], Callable[[Any, list[int]], str]] = {
+            LogLevel: self._set_log_level, Capture: self._capture, CaptureEnd: self._capture_end}
+        self._captures: dict[int, tuple[Memory, int]] = {}  # mirror and doorbell by the capture's number
         self.wake = wake
         self._channel = channel
         self._running = False
@@ -204,6 +209,32 @@ class StageContext:
 
     def _set_log_level(self, ask: LogLevel, _fds: list[int]) -> str:
         set_log_level(ask.level)
+        return ""
+
+    def _capture(self, ask: Capture, fds: list[int]) -> str:
+        mirror, bell = fds
+        mem = lib.rn_map(mirror, ask.size, 0)
+        error = "" if mem != ffi.NULL else f"cannot map the mirror ({ask.size} bytes): {os.strerror(ffi.errno)}"
+        os.close(mirror)
+        if not error:
+            wanted = c_filter(**{n: getattr(ask.filter, n) for n in ask.filter.__struct_fields__})
+            rc = lib.rn_tap_start(self.stage, ask.capture, mem, ask.size, bell, ask.points, ask.snaplen, int(ask.drops),
+                                  wanted)
+            if rc == 0:
+                self._captures[ask.capture] = Memory((mem, ask.size)), bell
+                return ""
+            error = ffi.string(lib.rn_stage_error(self.stage)).decode()
+            lib.rn_unmap(mem, ask.size)
+        os.close(bell)
+        return error
+
+    def _capture_end(self, ask: CaptureEnd, _fds: list[int]) -> str:
+        if ask.capture not in self._captures:
+            return f"there is no capture {ask.capture}"
+        lib.rn_tap_stop(self.stage, ask.capture)
+        memory, bell = self._captures.pop(ask.capture)
+        lib.rn_unmap(*memory)
+        os.close(bell)
         return ""
 
     def counters(self) -> dict[str, int]:

@@ -25,9 +25,9 @@ from pipeline.topology import TOPOLOGY
 REPO = Path(__file__).resolve().parent.parent
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
 DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy"})
-COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand"})
+COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture"})
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
-                     "control_api", "hosts_book", "session_dir", "client", "seats"})
+                     "control_api", "hosts_book", "session_dir", "client", "seats", "captures", "capture_file"})
 
 
 def layer(module: str) -> str:
