@@ -11,7 +11,8 @@ from netlab import NETNS_DIR, REPO, Program, run_env, sh, wait_gone
 
 sys.path.insert(0, str(REPO / "tools"))
 
-from bench import lab, report, results, rows  # noqa: E402
+from bench import lab, micro, report, results, rows, where  # noqa: E402
+from bench.load import Load  # noqa: E402
 
 pytestmark = [pytest.mark.netns, pytest.mark.root]
 ROWS = ("start", "tcp up 1", "tcp rr", "udp down 1400", "flows up 10", "inbound rr")
@@ -94,3 +95,23 @@ def test_bad_input_is_one_line(options: list[str], says: str) -> None:
     done = sh(*bench(*options), check=False, env=env())
     assert done.returncode == 1 and done.stderr.startswith("bench: ") and says in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_micro_benchmarks_say_what_each_part_costs() -> None:
+    done = sh(sys.executable, "-P", "-m", "bench.micro", env=env())
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert {r[0] for r in rows[2:]} == set(micro.PARTS)
+    for part, case, median, span, _ in rows[2:]:
+        low, high = map(float, span.split(".."))
+        assert 0 < low <= float(median) <= high, (part, case)
+
+
+def test_where_tells_calls_and_sleeps_by_stage(tmp_path: Path) -> None:
+    """Kernel functions need perf, which a machine may forbid: what it counts is not looked at here."""
+    with lab.Lab().fresh() as names, Load(names.host, "serve", "127.0.0.1", "5000", 1) as load:
+        load.line(10)
+        stages = {load.process.pid: "serving"}
+        with where.straced(stages, tmp_path) as counts, Load(names.host, "rr", "127.0.0.1", "5000", 0.2, 1) as asking:
+            n = asking.answer(10)["n"]
+    calls = counts["serving"]
+    assert n <= calls["recvfrom"] <= n + 5 and calls["sendto"] == n and calls["epoll_wait"] >= n

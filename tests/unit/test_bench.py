@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO / "tools"))
 
-from bench import compare, drivers, plots, procs, report, results, rows, stats, targets  # noqa: E402
+from bench import compare, drivers, plots, procs, report, results, rows, stats, targets, where  # noqa: E402
 from bench.lab import LabError  # noqa: E402
 from bench.results import Record, Results, ResultsError  # noqa: E402
 
@@ -231,3 +231,27 @@ def test_pictures_without_matplotlib_say_how_to_get_it(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(plots.PlotsError, match=r"ringnet\[plots\]"):
         list(plots.draw(bulk(20, 4, 1, 40), tmp_path))
+
+
+STRACE = """% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 60.00    0.000300           3       100           epoll_wait
+ 40.00    0.000200           2       101         7 read
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.000500           2       201         7 total
+"""
+
+
+def test_counts_are_read_from_strace() -> None:
+    assert where.strace_counts(STRACE) == {"epoll_wait": 100, "read": 101}
+    assert where.strace_counts("") == {}
+
+
+def test_shares_are_read_from_perf_and_sorted_by_what_they_are_for() -> None:
+    text = "# Overhead;Symbol\n#\n 60.11% ;[k] _copy_to_iter  ;-  -\n  9.50%;[.] rn_stage_run;-\n"
+    assert where.perf_shares(text) == [("_copy_to_iter", True, 0.6011), ("rn_stage_run", False, 0.095)]
+    kinds = {"_copy_to_iter": "copy", "finish_task_switch.isra.0": "wake, switch", "tcp_ack": "TCP, IP, veth",
+             "tun_get_user": "guest's link (tap)", "ep_send_events": "epoll", "kmem_cache_free": "memory",
+             "entry_SYSCALL_64": "system call entry", "zzz": "other kernel"}
+    assert {symbol: where.kind_of(symbol, kernel=True) for symbol in kinds} == kinds
+    assert where.kind_of("tcp_ack", kernel=False) == "our own code"

@@ -12,6 +12,8 @@
     targets.py    what ringnet is to reach
     report.py     tables, from the JSON alone
     plots.py      pictures, from the JSON alone (needs matplotlib)
+    where.py      system calls, sleeps and functions behind a request: tools/bench/where
+    micro.py      parts of the data plane by themselves (microbench/*.c): tools/bench/micro
 
 Rows of one comparison are run in turn for each driver, then all again: what the machine does meanwhile hits all alike.
 """

@@ -63,13 +63,22 @@ def _tasks(pid: int) -> Iterator[Usage]:
         yield Usage(nanoseconds / 1e9, int(status["voluntary_ctxt_switches"]), int(status["nonvoluntary_ctxt_switches"]))
 
 
+def named_tree(pid: int) -> dict[int, str]:
+    """Processes of the tree that live, by what they are called."""
+    found = {}
+    for one in tree(pid):
+        with contextlib.suppress(OSError):
+            if name := _name(one):
+                found[one] = name
+    return found
+
+
 def usage(pid: int | None) -> dict[str, Usage]:
     """By stage. Nothing for a datapath without processes (the kernel's)."""
     found: dict[str, Usage] = {}
-    for one in tree(pid) if pid is not None else ():
+    for one, name in named_tree(pid).items() if pid is not None else ():
         with contextlib.suppress(OSError):  # it has just ended
-            name = _name(one)
-            for task in _tasks(one) if name else ():
+            for task in _tasks(one):
                 found[name] = found.get(name, NOTHING) + task
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.results import Results, ResultsError
+from bench.results import Results, ResultsError, replaced
 from bench.rows import DATAGRAMS, FIGURES, FLOWS, MESSAGES, ROWS, Row
 from bench.stats import Summary, ratio, summary
 from bench.targets import Against, best_peer, outcomes
@@ -40,11 +40,8 @@ def _median(s: Summary) -> str:
 
 
 def ours(results: Results) -> str:
-    """The ringnet that is compared: the first one given. Raises ResultsError."""
-    names = results.drivers("ringnet")
-    if not names:
-        raise ResultsError("the file has no driver of kind ringnet")
-    return names[0]
+    """Who is compared with the others: the first ringnet; without one, the first driver at all."""
+    return [*results.drivers("ringnet"), *results.drivers()][0]
 
 
 def measured_rows(results: Results, *groups: str) -> list[tuple[int, Row]]:
@@ -189,17 +186,9 @@ def markdown(results: Results) -> str:
     return "\n".join(parts)
 
 
-def inserted(document: str, results: Results) -> str:
-    """The document with the tables between its marks. Raises ResultsError if a mark is missing."""
-    if document.count(MARK) != 1 or document.count(END) != 1:
-        raise ResultsError(f"the document needs one line {MARK} and one line {END}")
-    head, rest = document.split(MARK)
-    return f"{head}{MARK}\n{markdown(results)}{END}{rest.split(END)[1]}"
-
-
 def insert(path: Path, results: Results) -> None:
     try:
-        path.write_text(inserted(path.read_text(), results))
+        path.write_text(replaced(path.read_text(), MARK, END, markdown(results)))
     except OSError as e:
         raise ResultsError(f"{path}: {e.strerror}") from e
     except ResultsError as e:

@@ -121,3 +121,11 @@ def joined(old: Results, new: Results) -> Results:
                        "versions": old.meta["versions"] | new.meta["versions"]}
     meta["commands"] = list(dict.fromkeys([*old.meta["commands"], *new.meta["commands"]]))
     return Results(meta, [*old.records, *new.records])
+
+
+def replaced(document: str, mark: str, end: str, body: str) -> str:
+    """The document with body between its two marks. Raises ResultsError if one is missing."""
+    if document.count(mark) != 1 or document.count(end) != 1:
+        raise ResultsError(f"the document needs one line {mark} and one line {end}")
+    head, rest = document.split(mark)
+    return f"{head}{mark}\n{body}{end}{rest.split(end)[1]}"

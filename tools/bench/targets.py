@@ -126,6 +126,8 @@ def _cells(results: Results, target: Target, ours: str) -> Iterator[Cell]:
 
 
 def outcomes(results: Results, ours: str) -> list[Outcome]:
-    """Of the targets for which something was measured."""
+    """Of the targets for which something of this ringnet was measured."""
+    if ours not in results.drivers("ringnet"):
+        return []
     found = (Outcome(t, list(_cells(results, t, ours))) for t in TARGETS)
     return [o for o in found if o.cells]
