@@ -9,7 +9,7 @@
  *   UDP  room in the guest's ring. The datagrams wait in the socket's buffer; when it is full, they are lost.
  *
  * What the guest sees. The client's own address and port, if its answer will come back here: a client on the host's
- * loopback, or with an address of the guest's own subnet (which the guest would look for on its link), appears as
+ * loopback, with an address of the guest's own subnet (which the guest would look for on its link), or by IPv6, appears as
  * the gateway; so does everybody with cfg.as_gateway, for a guest with routes of its own. The port is another one where
  * the tuple is taken by a live flow.
  *
@@ -149,7 +149,8 @@ int stage_egress_listen(struct rn_stage *s, const struct egress_listener *cfg)
 {
 	struct egress *e = s->priv;
 	struct inbound *in = e->in;
-	int flags = fcntl(cfg->fd, F_GETFL), on = 1, r;
+	int flags = fcntl(cfg->fd, F_GETFL), on = 1, domain = 0, r;
+	socklen_t len = sizeof(domain);
 	struct in_listener *l;
 	uint32_t slot;
 
@@ -162,8 +163,16 @@ int stage_egress_listen(struct rn_stage *s, const struct egress_listener *cfg)
 		return -EMFILE;
 	if (fcntl(cfg->fd, F_SETFL, flags | O_NONBLOCK) < 0)
 		return -errno;
-	if (cfg->proto == RN_IPPROTO_UDP && setsockopt(cfg->fd, IPPROTO_IP, IP_PKTINFO, &on, sizeof(on)) < 0)
+	if (getsockopt(cfg->fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) < 0)
 		return -errno;
+	if (domain != AF_INET && domain != AF_INET6)
+		return -EINVAL;
+	if (cfg->proto == RN_IPPROTO_UDP) { /* of IPv4 datagrams the latter tells too, as mapped addresses */
+		r = domain == AF_INET ? setsockopt(cfg->fd, IPPROTO_IP, IP_PKTINFO, &on, sizeof(on))
+				      : setsockopt(cfg->fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &on, sizeof(on));
+		if (r < 0)
+			return -errno;
+	}
 	if (in->free_slot == EG_NONE && (r = grow(in)))
 		return r;
 	slot = in->free_slot;
@@ -173,7 +182,12 @@ int stage_egress_listen(struct rn_stage *s, const struct egress_listener *cfg)
 		return r;
 	l = &in->l[slot];
 	in->free_slot = l->next;
-	*l = (struct in_listener){ .fd = cfg->fd, .next = EG_NONE, .proto = cfg->proto, .guest_port = cfg->guest_port };
+	*l = (struct in_listener){
+		.fd = cfg->fd,
+		.next = EG_NONE,
+		.proto = cfg->proto,
+		.guest_port = cfg->guest_port,
+	};
 	memcpy(l->guest4, cfg->guest4, 4);
 	if (!++in->serial)
 		in->serial = 1;
@@ -230,17 +244,22 @@ static int accept_some(struct egress *e, uint32_t slot)
 	struct inbound *in = e->in;
 
 	for (uint32_t k = 0; k < IN_ACCEPTS; k++) {
-		struct sockaddr_in from = { 0 };
+		union in_sockaddr from = { 0 };
 		socklen_t len = sizeof(from);
+		uint8_t client[16];
+		uint16_t port;
 		int fd;
 
 		/* A sixteenth of the table is for the guest's own connections. */
 		if (in->pending >= e->cfg.pending_max || !eg_fd_room(e) ||
 		    e->used - e->tw_lru.n + e->nflows / 16 >= e->nflows)
 			return -1;
-		fd = accept4(in->l[slot].fd, (struct sockaddr *)&from, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+		fd = accept4(in->l[slot].fd, &from.any, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd >= 0) {
-			tcp_accepted(e, slot, fd, &from);
+			if (inbound_client(&from, client, &port))
+				close(fd); /* no address: it is gone already */
+			else
+				tcp_accepted(e, slot, fd, client, port);
 			continue;
 		}
 		switch (errno) {
@@ -433,8 +452,28 @@ void inbound_guest(const struct egress *e, const struct in_listener *l, uint8_t 
 	memcpy(ip, in->guest[in->last].ip, 4);
 }
 
-void inbound_peer(const struct egress *e, const uint8_t client[4], uint8_t peer[4])
+int inbound_client(const union in_sockaddr *from, uint8_t client[16], uint16_t *port)
 {
+	switch (from->any.sa_family) {
+	case AF_INET: {
+		uint8_t v4[4];
+
+		memcpy(v4, &from->v4.sin_addr, 4);
+		rn_addr_from4(client, v4);
+		*port = ntohs(from->v4.sin_port);
+		return 0;
+	}
+	case AF_INET6:
+		memcpy(client, &from->v6.sin6_addr, 16);
+		*port = ntohs(from->v6.sin6_port);
+		return 0;
+	}
+	return -EAFNOSUPPORT;
+}
+
+void inbound_peer(const struct egress *e, const uint8_t client16[16], uint8_t peer[4])
+{
+	const uint8_t *client = rn_addr_is4(client16) ? client16 + 12 : e->cfg.gateway4;
 	uint32_t mask = e->cfg.prefix ? 0xffffffffu << (32 - e->cfg.prefix) : 0xffffffffu;
 	int local = !((rn_get32(client) ^ rn_get32(e->cfg.gateway4)) & mask);
 

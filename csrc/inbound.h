@@ -30,6 +30,12 @@ int stage_egress_unlisten(struct rn_stage *s, uint32_t slot, int close_flows);
 #define IN_RETRY_NS 100000000ull /* the system had no descriptor or memory for accept(): try again then */
 #define IN_ASK_NS 100000000ull	 /* ARP requests for one address: not more often */
 
+union in_sockaddr { /* as a listener's socket has it */
+	struct sockaddr any;
+	struct sockaddr_in v4;
+	struct sockaddr_in6 v6;
+};
+
 struct in_listener {
 	int fd;		 /* -1: free slot */
 	uint32_t serial; /* of the rule: never used again, never 0 */
@@ -45,8 +51,8 @@ struct in_flow { /* per flow-table entry */
 	uint32_t slot;	 /* UDP: listener */
 	uint32_t hash_next;
 	uint32_t bucket;
-	struct sockaddr_in peer; /* UDP: as the host knows it, and */
-	struct in_addr local;	 /* the address it was sent to: replies leave from there */
+	union in_sockaddr peer; /* UDP: as the host knows it, and */
+	uint8_t local[16];	/* the address it was sent to: replies leave from there */
 };
 
 struct in_guest {
@@ -97,8 +103,10 @@ int inbound_ask(struct egress *e, const uint8_t ip[4]);
 
 /* Which of the guest's addresses a listener means. */
 void inbound_guest(const struct egress *e, const struct in_listener *l, uint8_t ip[4]);
+/* A client's address, IPv4 mapped, and its port. 0, or -EAFNOSUPPORT. */
+int inbound_client(const union in_sockaddr *from, uint8_t client[16], uint16_t *port);
 /* The address the guest is to see for a client. */
-void inbound_peer(const struct egress *e, const uint8_t client[4], uint8_t peer[4]);
+void inbound_peer(const struct egress *e, const uint8_t client[16], uint8_t peer[4]);
 /* A peer port with which no live flow has this tuple: @want if it can be; 0 if none was found. */
 uint16_t inbound_port(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		      uint16_t want);
@@ -106,7 +114,7 @@ uint16_t inbound_port(struct egress *e, uint8_t proto, const uint8_t guest[16], 
 int inbound_icmp(struct egress *e, const struct eg_frame *f);
 
 /* tcp_in.c */
-void tcp_accepted(struct egress *e, uint32_t slot, int fd, const struct sockaddr_in *client);
+void tcp_accepted(struct egress *e, uint32_t slot, int fd, const uint8_t client[16], uint16_t client_port);
 /* ICMP error about the SYN with this number. 1: it is ours */
 int tcp_in_refused(struct egress *e, uint32_t i, uint32_t seq);
 void tcp_in_close(struct egress *e, uint32_t i); /* the rule goes, with its flows */

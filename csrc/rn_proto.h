@@ -133,6 +133,13 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the virtio-net header
 #define RN_VNET_GSO_ECN 0x80u
 
 /* Addresses are kept in 16 bytes everywhere; IPv4 as v4-mapped ::ffff:a.b.c.d (RFC 4291 2.5.5.2). */
+static inline int rn_addr_is4(const uint8_t addr[16])
+{
+	static const uint8_t mapped[12] = { [10] = 0xff, [11] = 0xff };
+
+	return !memcmp(addr, mapped, 12);
+}
+
 static inline void rn_addr_from4(uint8_t out[16], const uint8_t v4[4])
 {
 	memset(out, 0, 10);

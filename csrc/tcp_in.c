@@ -45,10 +45,10 @@ static void refuse_client(int fd)
 }
 
 /* A connection of a listener. */
-void tcp_accepted(struct egress *e, uint32_t slot, int fd, const struct sockaddr_in *client)
+void tcp_accepted(struct egress *e, uint32_t slot, int fd, const uint8_t client[16], uint16_t client_port)
 {
 	const struct in_listener *l = &e->in->l[slot];
-	uint8_t g4[4], c4[4], p4[4], guest[16], peer[16], from[16];
+	uint8_t g4[4], p4[4], guest[16], peer[16];
 	static const uint8_t unknown[6];
 	int one = 1, zero = 0;
 	const uint8_t *mac;
@@ -59,17 +59,15 @@ void tcp_accepted(struct egress *e, uint32_t slot, int fd, const struct sockaddr
 
 	e->s->c[RN_C_tcp_inbound]++;
 	inbound_guest(e, l, g4);
-	memcpy(c4, &client->sin_addr, 4);
-	inbound_peer(e, c4, p4);
+	inbound_peer(e, client, p4);
 	rn_addr_from4(guest, g4);
 	rn_addr_from4(peer, p4);
-	rn_addr_from4(from, c4);
-	if (policy_denied_in(e, RN_IPPROTO_TCP, guest, l->guest_port, from, ntohs(client->sin_port))) {
+	if (policy_denied_in(e, RN_IPPROTO_TCP, guest, l->guest_port, client, client_port)) {
 		refuse_client(fd);
 		return;
 	}
 	mac = inbound_mac(e, g4);
-	port = inbound_port(e, RN_IPPROTO_TCP, guest, l->guest_port, peer, ntohs(client->sin_port));
+	port = inbound_port(e, RN_IPPROTO_TCP, guest, l->guest_port, peer, client_port);
 	if (port)
 		i = eg_new(e, RN_IPPROTO_TCP, guest, l->guest_port, peer, port, mac ? mac : unknown);
 	if (i == EG_NONE) {

@@ -14,21 +14,30 @@
 #include "udp_internal.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <sys/uio.h>
 
 union pktinfo {
-	char raw[CMSG_SPACE(sizeof(struct in_pktinfo))];
+	char raw[CMSG_SPACE(sizeof(struct in6_pktinfo))];
 	struct cmsghdr align;
 };
+_Static_assert(sizeof(struct in6_pktinfo) >= sizeof(struct in_pktinfo), "room for either");
 
-static uint32_t bucket(const struct egress *e, uint32_t serial, const struct sockaddr_in *peer, struct in_addr local)
+struct from { /* of a datagram */
+	union in_sockaddr peer;
+	uint8_t client[16]; /* the peer's address, IPv4 mapped */
+	uint16_t port;
+	uint8_t local[16]; /* ours that it was sent to, likewise */
+};
+
+static uint32_t bucket(const struct egress *e, uint32_t serial, const struct from *f)
 {
-	uint8_t key[14];
+	uint8_t key[38];
 
 	memcpy(key, &serial, 4);
-	memcpy(key + 4, &peer->sin_addr, 4);
-	memcpy(key + 8, &local, 4);
-	memcpy(key + 12, &peer->sin_port, 2);
+	memcpy(key + 4, f->client, 16);
+	memcpy(key + 20, f->local, 16);
+	memcpy(key + 36, &f->port, 2);
 	return (uint32_t)eg_siphash(e, key, sizeof(key)) & e->in->hash_mask;
 }
 
@@ -41,13 +50,12 @@ static int evict(struct egress *e)
 	return 1;
 }
 
-static uint32_t new_mapping(struct egress *e, uint32_t slot, const struct sockaddr_in *from, struct in_addr local,
-			    uint32_t at)
+static uint32_t new_mapping(struct egress *e, uint32_t slot, const struct from *from, uint32_t at)
 {
 	static const uint8_t unknown[6] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
 	struct inbound *in = e->in;
 	struct in_listener *l = &in->l[slot];
-	uint8_t g4[4], c4[4], p4[4], guest[16], peer[16];
+	uint8_t g4[4], p4[4], guest[16], peer[16];
 	const uint8_t *mac;
 	uint16_t port;
 	uint32_t i;
@@ -57,11 +65,10 @@ static uint32_t new_mapping(struct egress *e, uint32_t slot, const struct sockad
 	if (e->free_head == EG_NONE && e->tw_lru.head == EG_NONE && !evict(e))
 		return EG_NONE;
 	inbound_guest(e, l, g4);
-	memcpy(c4, &from->sin_addr, 4);
-	inbound_peer(e, c4, p4);
+	inbound_peer(e, from->client, p4);
 	rn_addr_from4(guest, g4);
 	rn_addr_from4(peer, p4);
-	port = inbound_port(e, RN_IPPROTO_UDP, guest, l->guest_port, peer, ntohs(from->sin_port));
+	port = inbound_port(e, RN_IPPROTO_UDP, guest, l->guest_port, peer, from->port);
 	if (!port)
 		return EG_NONE;
 	mac = inbound_mac(e, g4);
@@ -73,9 +80,9 @@ static uint32_t new_mapping(struct egress *e, uint32_t slot, const struct sockad
 		.slot = slot,
 		.hash_next = in->hash[at],
 		.bucket = at,
-		.peer = *from,
-		.local = local,
+		.peer = from->peer,
 	};
+	memcpy(in->flow[i].local, from->local, 16);
 	in->hash[at] = i;
 	l->nflows++;
 	e->s->c[RN_C_udp_inbound_mappings]++;
@@ -83,54 +90,56 @@ static uint32_t new_mapping(struct egress *e, uint32_t slot, const struct sockad
 }
 
 /* Does the policy deny this peer? It cannot be told: its own kernel would have to say it. */
-static int denied(struct egress *e, const struct in_listener *l, const struct sockaddr_in *from)
+static int denied(struct egress *e, const struct in_listener *l, const struct from *from)
 {
-	uint8_t g4[4], c4[4], guest[16], client[16];
+	uint8_t g4[4], guest[16];
 
 	if (!e->policy)
 		return 0;
 	inbound_guest(e, l, g4);
-	memcpy(c4, &from->sin_addr, 4);
 	rn_addr_from4(guest, g4);
-	rn_addr_from4(client, c4);
-	return policy_denied_in(e, RN_IPPROTO_UDP, guest, l->guest_port, client, ntohs(from->sin_port));
+	return policy_denied_in(e, RN_IPPROTO_UDP, guest, l->guest_port, from->client, from->port);
 }
 
 /* The mapping of a peer, made if there is none; EG_NONE, counted, if there can be none. */
-static uint32_t mapping(struct egress *e, uint32_t slot, const struct sockaddr_in *from, struct in_addr local)
+static uint32_t mapping(struct egress *e, uint32_t slot, const struct from *from)
 {
 	struct inbound *in = e->in;
-	uint32_t serial = in->l[slot].serial, at = bucket(e, serial, from, local), i;
+	uint32_t serial = in->l[slot].serial, at = bucket(e, serial, from), i;
 
 	for (i = in->hash[at]; i != EG_NONE; i = in->flow[i].hash_next) {
 		const struct in_flow *x = &in->flow[i];
+		uint8_t client[16];
+		uint16_t port;
 
-		if (x->serial == serial && x->peer.sin_port == from->sin_port &&
-		    x->peer.sin_addr.s_addr == from->sin_addr.s_addr && x->local.s_addr == local.s_addr)
+		if (x->serial == serial && !inbound_client(&x->peer, client, &port) && port == from->port &&
+		    !memcmp(client, from->client, 16) && !memcmp(x->local, from->local, 16))
 			return i;
 	}
 	if (denied(e, &in->l[slot], from))
 		return EG_NONE;
-	i = new_mapping(e, slot, from, local, at);
+	i = new_mapping(e, slot, from, at);
 	if (i == EG_NONE)
 		e->s->c[RN_C_drop_udp_table]++;
 	return i;
 }
 
 /* Our address that the datagram was sent to. */
-static struct in_addr local_of(struct msghdr *m)
+static void local_of(struct msghdr *m, uint8_t local[16])
 {
-	struct in_addr any = { INADDR_ANY };
-
+	memset(local, 0, 16);
 	for (struct cmsghdr *c = CMSG_FIRSTHDR(m); c; c = CMSG_NXTHDR(m, c)) {
-		struct in_pktinfo info;
+		if (c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_PKTINFO &&
+		    c->cmsg_len >= CMSG_LEN(sizeof(struct in_pktinfo))) {
+			uint8_t v4[4];
 
-		if (c->cmsg_level != IPPROTO_IP || c->cmsg_type != IP_PKTINFO || c->cmsg_len < CMSG_LEN(sizeof(info)))
-			continue;
-		memcpy(&info, CMSG_DATA(c), sizeof(info));
-		return info.ipi_spec_dst;
+			memcpy(v4, CMSG_DATA(c) + offsetof(struct in_pktinfo, ipi_spec_dst), 4);
+			rn_addr_from4(local, v4);
+		} else if (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_PKTINFO &&
+			   c->cmsg_len >= CMSG_LEN(sizeof(struct in6_pktinfo))) {
+			memcpy(local, CMSG_DATA(c) + offsetof(struct in6_pktinfo, ipi6_addr), 16);
+		}
 	}
-	return any;
 }
 
 int udp_listen_work(struct egress *e, uint32_t slot)
@@ -138,6 +147,7 @@ int udp_listen_work(struct egress *e, uint32_t slot)
 	struct in_listener *l = &e->in->l[slot];
 	struct udp_state *u = e->udp;
 	union pktinfo control[UDP_BURST];
+	struct from from[UDP_BURST];
 	uint32_t n, room, seen_big = 0;
 	int got;
 
@@ -150,6 +160,8 @@ int udp_listen_work(struct egress *e, uint32_t slot)
 		return -1;
 	}
 	for (uint32_t k = 0; k < n; k++) {
+		u->msg[k].msg_hdr.msg_name = &from[k].peer;
+		u->msg[k].msg_hdr.msg_namelen = sizeof(from[k].peer);
 		u->msg[k].msg_hdr.msg_control = &control[k];
 		u->msg[k].msg_hdr.msg_controllen = sizeof(control[k]);
 	}
@@ -162,8 +174,10 @@ int udp_listen_work(struct egress *e, uint32_t slot)
 		uint32_t len = u->msg[k].msg_len, i = EG_NONE;
 		struct rn_flow *f;
 
-		if (u->msg[k].msg_hdr.msg_namelen >= sizeof(u->from[k]) && u->from[k].sin_family == AF_INET) /* it is */
-			i = mapping(e, slot, &u->from[k], local_of(&u->msg[k].msg_hdr));
+		if (!inbound_client(&from[k].peer, from[k].client, &from[k].port)) { /* it is of either family */
+			local_of(&u->msg[k].msg_hdr, from[k].local);
+			i = mapping(e, slot, &from[k]);
+		}
 		if (i == EG_NONE) {
 			rn_buf_free(&e->s->pool, u->buf[k]);
 			continue;
@@ -194,15 +208,31 @@ void udp_in_reply(struct egress *e, uint32_t i, const struct eg_frame *f)
 	struct rn_flow *fl = eg_flow(e, i);
 	struct iovec iov = { (void *)(uintptr_t)f->payload, f->payload_len };
 	union pktinfo control = { 0 };
-	struct msghdr m = { .msg_name = &x->peer, .msg_namelen = sizeof(x->peer), .msg_iov = &iov, .msg_iovlen = 1,
-			    .msg_control = &control, .msg_controllen = sizeof(control) };
-	struct in_pktinfo info = { .ipi_spec_dst = x->local };
+	struct msghdr m = { .msg_name = &x->peer, .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
+			    .msg_controllen = sizeof(control) };
 	struct cmsghdr *c = CMSG_FIRSTHDR(&m);
 
-	c->cmsg_level = IPPROTO_IP;
-	c->cmsg_type = IP_PKTINFO;
-	c->cmsg_len = CMSG_LEN(sizeof(info));
-	memcpy(CMSG_DATA(c), &info, sizeof(info));
+	if (x->peer.any.sa_family == AF_INET6) { /* of a mapped address too: the kernel knows (ipv6(7)) */
+		struct in6_pktinfo info = { 0 };
+
+		memcpy(&info.ipi6_addr, x->local, 16);
+		m.msg_namelen = sizeof(x->peer.v6);
+		c->cmsg_level = IPPROTO_IPV6;
+		c->cmsg_type = IPV6_PKTINFO;
+		c->cmsg_len = CMSG_LEN(sizeof(info));
+		memcpy(CMSG_DATA(c), &info, sizeof(info));
+		m.msg_controllen = CMSG_SPACE(sizeof(info));
+	} else {
+		struct in_pktinfo info = { 0 };
+
+		memcpy(&info.ipi_spec_dst, x->local + 12, 4);
+		m.msg_namelen = sizeof(x->peer.v4);
+		c->cmsg_level = IPPROTO_IP;
+		c->cmsg_type = IP_PKTINFO;
+		c->cmsg_len = CMSG_LEN(sizeof(info));
+		memcpy(CMSG_DATA(c), &info, sizeof(info));
+		m.msg_controllen = CMSG_SPACE(sizeof(info));
+	}
 	memcpy(fl->guest_mac, f->eth + 6, 6);
 	udp_refresh(e, i, 1);
 	if (sendmsg(e->in->l[x->slot].fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {

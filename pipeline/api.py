@@ -91,7 +91,7 @@ class Changed(Struct, frozen=True, kw_only=True):
 
 class ForwardInfo(Struct, frozen=True, kw_only=True):
     proto: str
-    host_addr: str  # "" is every address
+    host_addr: str  # "" is every address; "0.0.0.0", "::": every one of one family
     ifname: str  # of the host; "" is every one
     host_port: int
     guest_addr: str  # "" is the guest, whatever address it has

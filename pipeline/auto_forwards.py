@@ -157,9 +157,11 @@ class Follower:
         have = {f.endpoint: f for f in self._session.forwards()}
         gone = [f for key, f in have.items() if f.owner == OWNER and want.get(key) != f]
         held = {key for key, f in have.items() if f not in gone}
-        # A forward is IPv4; who has the port by IPv6 alone has it all the same.
+        # A forward of one IPv4 address could be bound; who has the port by IPv6 alone has it all the same.
         host6 = {proto: {port for _, port in self._read(self._host, proto, [f"{proto}6"])} for proto in self._protos}
-        new = [f for key, f in want.items() if key not in held and f.host_port not in host6[f.proto]]
+        ours = {(f.proto, f.host_port) for f in have.values()}
+        new = [f for key, f in want.items() if key not in held
+               and (f.host_port not in host6[f.proto] or (f.proto, f.host_port) in ours)]
         if not gone and not new:
             return
         try:

@@ -818,7 +818,7 @@ class ControlApi:
             case "list_hostfwd":
                 there = set(self.session.forwards())
                 self._slirp_ids = {i: f for i, f in self._slirp_ids.items() if f in there}
-                entries = [{"id": i, "proto": f.proto, "host_addr": f.host_addr or "0.0.0.0", "host_port": f.host_port,
+                entries = [{"id": i, "proto": f.proto, "host_addr": f.host_addr, "host_port": f.host_port,
                             "guest_addr": f.guest_addr or self.session.settings.address, "guest_port": f.guest_port}
                            for i, f in self._slirp_ids.items()]
                 # Its manual has them below "return", its program beside: tools were written for either.
@@ -845,4 +845,5 @@ class ControlApi:
                 check_forward(msgspec.convert(made | {name: getattr(a, name)}, Forward))
             except ForwardSyntaxError:
                 raise ApiError(Code.BAD_ARGS, f"add_hostfwd: bad arguments.{name}") from None
-        return check_forward(msgspec.convert(made | {"host_addr": a.host_addr, "guest_addr": a.guest_addr}, Forward))
+        return check_forward(msgspec.convert(made | {"host_addr": a.host_addr or "0.0.0.0", "guest_addr": a.guest_addr},
+                                             Forward))

@@ -198,9 +198,13 @@ def forward_add(client: Client, args: argparse.Namespace, out: Output) -> None:
           "forward", "forwards")
 
 
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address or "*"
+
+
 def forward_ls(client: Client, args: argparse.Namespace, out: Output) -> None:
     found = [f for page in client.pages(api.ForwardsList(owner=args.owner)) for f in page.forwards]
-    rows = [[f.proto, f"{f.host_addr or '*'}{'%' + f.ifname if f.ifname else ''}:{f.host_port}",
+    rows = [[f.proto, f"{_host(f.host_addr)}{'%' + f.ifname if f.ifname else ''}:{f.host_port}",
              f"{f.guest_addr or 'guest'}:{f.guest_port}", f.owner] for f in found]
     out.show(api.Forwards(forwards=found, next=None), table(["proto", "host", "guest", "owner"], rows,
                                                             frozenset({0, 1, 2, 3})) if rows else "no forwards")

@@ -9,9 +9,10 @@
     22-80:32-90               a range to a range of the same width
     2000-5000,~3000-3010      without some
     ~20000-20010              all but these
-    192.0.2.1/22              only on that address of the host; before the list, for all of it
+    192.0.2.1/22              only on that address of the host; before the list, for all of it; [2001:db8::1]/22 likewise
     192.0.2.1%eth0/22         and only by that interface
     %eth0/22                  any address, only by that interface
+    0.0.0.0/22, [::]/22       every address of one family; without, of both
 
 `auto` is no list of rules but a standing order (Auto; pipeline/auto_forwards.py), for -t and -u of a guest that can be
 looked into.
@@ -39,7 +40,7 @@ class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One port of the host that leads to one port of the guest."""
 
     proto: Proto
-    host_addr: str = ""  # IPv4 address to listen on; "" is every one
+    host_addr: str = ""  # to listen on; "" is every one, IPv4 and IPv6, "0.0.0.0" and "::" every one of one of them
     ifname: str = ""  # only what comes in by this interface; "" is every one
     host_port: Annotated[int, Meta(ge=0, le=65535)]  # 0: one that is free; the rule as made has its number
     guest_addr: str = ""  # "" is the guest, whatever address it has
@@ -84,21 +85,26 @@ class ForwardError(Exception):
 def check(f: Forward) -> Forward:
     """The same rule with its addresses as they are usually written. Raises ForwardSyntaxError: addresses and interface,
     which types do not tell."""
+    guest = "" if f.guest_addr == "0.0.0.0" else _address(f.guest_addr, f.guest_addr)
+    if ":" in guest:
+        raise ForwardSyntaxError(f"{f.guest_addr}: the guest has no IPv6 address yet")
     return Forward(proto=f.proto, host_addr=_address(f.host_addr, f.host_addr), ifname=_interface(f.ifname, f.ifname),
-                   host_port=f.host_port, guest_addr=_address(f.guest_addr, f.guest_addr), guest_port=f.guest_port,
-                   owner=f.owner, optional=f.optional)
+                   host_port=f.host_port, guest_addr=guest, guest_port=f.guest_port, owner=f.owner, optional=f.optional)
 
 
 def _address(spec: str, text: str) -> str:
-    if text in ("", "0.0.0.0"):
+    if not text:
         return ""
-    if ":" in text:
-        raise ForwardSyntaxError(f"{spec}: {text}: IPv6 addresses cannot be forwarded yet")
     try:
-        address = ipaddress.IPv4Address(text)
+        address = ipaddress.ip_address(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
     except ValueError:
-        raise ForwardSyntaxError(f"{spec}: {text}: not an IPv4 address (expected like 192.0.2.1)") from None
-    if address.is_multicast or int(address) >> 28 == 15:
+        raise ForwardSyntaxError(f"{spec}: {text}: not an address (expected like 192.0.2.1 or [2001:db8::1])") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            raise ForwardSyntaxError(f"{spec}: {text}: the interface belongs behind the address: [ADDR]%IFACE")
+        if address.ipv4_mapped is not None:
+            raise ForwardSyntaxError(f"{spec}: {text}: say {address.ipv4_mapped}")
+    if address.is_multicast or (address.version == 4 and int(address) >> 28 == 15):
         raise ForwardSyntaxError(f"{spec}: {text}: not an address of a host")
     return str(address)
 
@@ -208,7 +214,8 @@ def render(rules: list[Forward]) -> str:
     if not rules:
         return "none"
     f = rules[0]
-    where = f.host_addr + (f"%{f.ifname}" if f.ifname else "")
+    address = f"[{f.host_addr}]" if ":" in f.host_addr else f.host_addr
+    where = address + (f"%{f.ifname}" if f.ifname else "")
     runs: list[list[Forward]] = []
     for rule in sorted(rules, key=lambda r: r.host_port):
         before = runs[-1][-1] if runs else None

@@ -7,6 +7,7 @@ them, and so that a port stays taken for as long as its rule exists.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import resource
 import socket
 from collections.abc import Iterable, Iterator
@@ -37,11 +38,23 @@ class Held(NamedTuple):
 
 
 def bind(f: Forward) -> socket.socket:
-    """A socket that listens. Raises OSError."""
+    """A socket that listens: one for every address takes IPv4 too, where the host has IPv6 at all. Raises OSError."""
+    if not f.host_addr:
+        try:
+            return _bind(f, socket.AF_INET6)
+        except OSError as e:
+            if e.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+    return _bind(f, socket.AF_INET6 if ":" in f.host_addr else socket.AF_INET)
+
+
+def _bind(f: Forward, family: socket.AddressFamily) -> socket.socket:
     tcp = f.proto == "tcp"
     kind = socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM
-    sock = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(f.host_addr != ""))
         if tcp:  # connections of an earlier rule may live on, or be in TIME-WAIT
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         else:
@@ -49,7 +62,11 @@ def bind(f: Forward) -> socket.socket:
                 sock.setsockopt(socket.SOL_SOCKET, option, UDP_BUFFER)
         if f.ifname:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, f.ifname.encode() + b"\0")
-        sock.bind((f.host_addr, f.host_port))
+        if family == socket.AF_INET6:
+            local = f.ifname and ipaddress.IPv6Address(f.host_addr or "::").is_link_local
+            sock.bind((f.host_addr or "::", f.host_port, 0, socket.if_nametoindex(f.ifname) if local else 0))
+        else:
+            sock.bind((f.host_addr, f.host_port))
         if tcp:
             sock.listen(BACKLOG)
     except BaseException:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,6 +93,45 @@ def test_names_at_run_time(session: Attached, guest_ns: Netns) -> None:
     ctl("hosts", "rm", "web", "v.example")
     assert dig(guest_ns, "db") == ["192.0.2.1"] and dig(guest_ns, "web.ringnet.internal") == []
     assert "web" not in ctl("hosts", "ls")
+
+
+def test_thousands_of_names(session: Attached, client: Client, guest_ns: Netns) -> None:
+    for first in range(0, 4000, 1000):
+        names = {f"n{n}.many.example": [f"192.0.{2 + n // 250}.{1 + n % 250}"] for n in range(first, first + 1000)}
+        assert client.call(api.HostsAdd(names=names, owner="many")).added == 1000
+    assert dig(guest_ns, "n0.many.example") == ["192.0.2.1"] and dig(guest_ns, "n3999.many.example") == ["192.0.17.250"]
+    assert client.call(api.HostsRemove(owner="many")).removed == 4000
+    assert dig(guest_ns, "n3999.many.example") == []
+
+
+def test_two_clients_at_once_see_one_truth(session: Attached, runtime: Path) -> None:
+    """Both want the same port again and again: whoever gets it has it, alone, until it gives it back."""
+    got: dict[str, int] = {}
+    errors: list[BaseException] = []
+
+    def contend(owner: str) -> None:
+        try:
+            with Client(runtime / "s.sock") as c:
+                for _ in range(200):
+                    try:
+                        c.call(api.ForwardsAdd(specs=["127.0.0.1/9000:80"], owner=owner))
+                    except api.ApiError as e:
+                        assert e.code == api.Code.CONFLICT, e
+                        continue
+                    got[owner] = got.get(owner, 0) + 1
+                    assert [f.owner for f in c.call(api.ForwardsList()).forwards] == [owner]
+                    assert c.call(api.ForwardsRemove(owner=owner)).removed == 1
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=contend, args=(o,), daemon=True) for o in ("one", "two")]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(DEADLINE)
+    assert not errors, errors
+    assert not any(t.is_alive() for t in threads) and sum(got.values()) >= 200
+    assert ctl("forward", "ls") == "no forwards\n"
 
 
 def test_close_resets_both_sides(session: Attached, client: Client, host_ns: Netns, guest_ns: Netns) -> None:

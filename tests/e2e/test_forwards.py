@@ -167,6 +167,27 @@ def test_only_by_one_interface(attach: Callable[..., Attached], host_ns: Netns, 
         assert host_ns.run("curl", "-sS", "http://127.0.0.1:8081/who", check=False).returncode == 7
 
 
+def test_ipv6_on_the_hosts_side(attach: Callable[..., Attached], host_ns: Netns, guest_ns: Netns, tmp_path: Path) -> None:
+    host_ns.ip("addr", "add", "2001:db8::7/128", "dev", "lo")
+    with guest_ns.listen("0.0.0.0") as listener, nginx_in(guest_ns, listener, tmp_path) as root, echo_udp(guest_ns) as echo:
+        port = listener.getsockname()[1]
+        want = pseudorandom(root / "body", 8 << 20, b"six")
+        attach("-t", f"8080:{port}", "-t", f"[2001:db8::7]/8081:{port}", "-t", f"0.0.0.0/8082:{port}", "-u", f"5353:{echo}")
+        for url in ("http://localhost:8080", "http://[::1]:8080", "http://[2001:db8::7]:8081"):
+            assert host_ns.run("curl", "-sS", f"{url}/who").stdout == GATEWAY
+            host_ns.run("curl", "-sS", "--fail", "-o", tmp_path / "got", f"{url}/body")
+            assert sha256_file(tmp_path / "got") == want
+        assert host_ns.run("curl", "-sS", f"http://{SERVER}:8080/who").stdout == SERVER  # IPv4 as ever
+        for url in ("http://[::1]:8081", "http://127.0.0.1:8081", "http://[::1]:8082"):
+            assert host_ns.run("curl", "-sS", f"{url}/who", check=False).returncode == 7
+        for address in ("::1", "2001:db8::7", "::ffff:127.0.0.1"):
+            with host_ns.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
+                s.connect((address, 5353))
+                for size in (1, 5000, 65000):
+                    s.send(bytes(size))
+                    assert s.recv(65535) == bytes(size), f"{size} bytes by {address}"
+
+
 def test_udp_echo_of_every_size(attach: Callable[..., Attached], host_ns: Netns, guest_ns: Netns) -> None:
     with echo_udp(guest_ns) as port:
         attach("-u", f"5353:{port}")
@@ -292,7 +313,7 @@ def test_2000_changes_under_load(session: Session, guest_ns: Netns) -> None:
             [rule] = session.change_forwards([rule])
             datagrams = Forward(proto="udp", host_addr="127.0.0.1", host_port=rule.host_port, guest_port=inside)
             try:
-                for n in range(1000):  # each is a removal and an addition
+                for n in range(2000):  # each is a removal and an addition
                     session.change_forwards(remove=[rule, datagrams] if n % 2 else [rule], close_flows=bool(n % 3))
                     assert session.change_forwards([rule] if n % 2 else [rule, datagrams])[0] == rule
                     if n % 100 == 0:  # and it works: an empty message comes back as such

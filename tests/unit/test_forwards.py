@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import errno
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ConfigError, make, stage_configs
+from pipeline.config import ConfigError, load_toml, make, stage_configs
 from pipeline.forwards import Forward, ForwardError, ForwardSyntaxError, check, parse, parse_all, render
 from pipeline.listeners import PART, Listeners
 from pipeline.messages import FDS_MAX, ForwardsChange, Rule, decode, encode
@@ -41,7 +42,8 @@ def test_passts_examples(spec: str, want: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize(("spec", "address", "interface"), [
     ("192.0.2.1/22", "192.0.2.1", ""), ("192.0.2.1%eth0/22", "192.0.2.1", "eth0"), ("%eth0/22", "", "eth0"),
-    ("0.0.0.0/22", "", ""), ("192.0.2.1/20-30,~25", "192.0.2.1", ""),
+    ("0.0.0.0/22", "0.0.0.0", ""), ("192.0.2.1/20-30,~25", "192.0.2.1", ""), ("[::1]/22", "::1", ""), ("::/22", "::", ""),
+    ("[2001:DB8::1]%eth0/22", "2001:db8::1", "eth0"),
 ])
 def test_where_to_listen(spec: str, address: str, interface: str) -> None:
     found = parse(spec, "udp", owner="me")
@@ -60,13 +62,14 @@ def test_all_is_what_connections_of_the_host_do_not_use(spec: str, without: set[
     ("", "expected a port"), ("x", "x: expected a port, 1..65535"), ("0", "0: expected a port"),
     ("65536", "65536: expected a port"), ("22,", "expected a port"), ("22:x", "22:x: x: expected a port"),
     ("80:", "80:: expected a port"), ("5-3", "5-3: the range ends before it begins"),
-    ("1-3:4-5", "1-3:4-5: 3 ports to 2"), ("22,20-30", "20-30: port 22 twice"), ("1.2.3/4", "1.2.3: not an IPv4"),
-    ("::1/22", "IPv6 addresses cannot be forwarded yet"), ("/22", "nothing before the /"),
+    ("1-3:4-5", "1-3:4-5: 3 ports to 2"), ("22,20-30", "20-30: port 22 twice"), ("1.2.3/4", "1.2.3: not an address"),
+    ("[::1/22", "[::1: not an address"), ("[ff02::1]/22", "not an address of a host"), ("/22", "nothing before the /"),
+    ("[::ffff:192.0.2.1]/22", "say 192.0.2.1"), ("[fe80::1%eth0]/22", "[fe80::1: not an address"),
     ("%/22", "no interface after the %"), ("%abcdefghijklmnop/22", "abcdefghijklmnop: not an interface name"),
     ("224.0.0.1/22", "not an address of a host"), ("auto", "auto: only -t and -u follow what the guest listens on"),
     ("22,all", "all: cannot be combined"), ("22,none", "none: cannot be combined"), ("~5:6", "~5:6: what is left out"),
     ("22 ", "22 : expected a port"), ("²", "expected a port"), ("-5", "expected a port"), ("5-", "expected a port"),
-    ("99999999999999999999", "expected a port"), ("1/2/3", "1/2: not an IPv4 address"),
+    ("99999999999999999999", "expected a port"), ("1/2/3", "1/2: not an address"),
 ])
 def test_errors_name_the_bad_part(spec: str, names: str) -> None:
     with pytest.raises(ForwardSyntaxError) as e:
@@ -87,7 +90,8 @@ def test_any_text_is_rules_or_one_line(text: str) -> None:
         assert len({f.endpoint for f in found}) == len(found)
 
 
-ADDRESS = st.just("") | st.ip_addresses(v=4).map(str).filter(lambda a: a != "0.0.0.0" and int(a.split(".")[0]) < 224)
+ADDRESS = st.just("") | st.ip_addresses(v=4).map(str).filter(lambda a: int(a.split(".")[0]) < 224) | st.ip_addresses(
+    v=6).filter(lambda a: not a.is_multicast and a.ipv4_mapped is None).map(str)
 PORTS = st.dictionaries(st.integers(1, 65535), st.integers(1, 65535), min_size=1, max_size=30)
 
 
@@ -124,8 +128,14 @@ def test_options_are_checked(given_: dict[str, Any], names: str) -> None:
     assert str(e.value).startswith(names.split(":")[0]) and names.split(": ", 1)[1] in str(e.value).lower()
 
 
-def test_options_make_rules() -> None:
-    s = make({"tcp-ports": ["8080:80"], "udp-ports": ["53"], "forward-as-gateway": True})
+@pytest.mark.parametrize("toml", [False, True])
+def test_options_make_rules(toml: bool, tmp_path: Path) -> None:
+    given_ = {"tcp-ports": ["8080:80"], "udp-ports": ["53"], "forward-as-gateway": True}
+    if toml:
+        file = tmp_path / "session.toml"
+        file.write_text('tcp-ports = ["8080:80"]\nudp-ports = ["53"]\nforward-as-gateway = true\n')
+        given_ = load_toml(str(file))
+    s = make(given_, strict=toml)
     assert [str(f) for f in s.forwards()] == ["tcp 8080:80", "udp 53"]
     assert {f.owner for f in s.forwards()} == {"options"}
     assert stage_configs(s, link_kind="dgram", vnet=False)["egress"]["forward_as_gateway"]

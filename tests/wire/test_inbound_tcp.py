@@ -138,6 +138,26 @@ def test_data_both_ways(wire: Wire) -> None:
         assert read_exactly(host, 6) == b"answer"
 
 
+@pytest.mark.parametrize("listens", ["", "::", "::1"])
+def test_clients_by_ipv6_are_the_gateway(wire: Wire, listens: str) -> None:
+    known(wire)
+    with forward(wire, host_addr=listens) as rule:
+        with socket.create_connection(("::1", rule.host_port), DEADLINE) as host:
+            g, _ = asked(wire, rule)
+            assert (g.dst, g.port) == (GATEWAY, host.getsockname()[1])
+            answer(g)
+            g.push(b"up")
+            assert read_exactly(host, 2) == b"up"
+            host.sendall(b"down")
+            assert g.pull(4) == b"down"
+        if listens:
+            with pytest.raises(ConnectionRefusedError):
+                client(rule)
+        else:
+            with client(rule):
+                assert asked(wire, rule)[0].dst == GATEWAY
+
+
 def test_nothing_is_taken_before_the_guest_answered(wire: Wire) -> None:
     """The bytes wait in the kernel: none goes out before the handshake, all do after it."""
     known(wire)

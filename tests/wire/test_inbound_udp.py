@@ -105,6 +105,33 @@ def test_answers_leave_from_the_address_that_was_asked(wire: Wire) -> None:
                 assert s.recv(100) == b"yes"
 
 
+@pytest.mark.parametrize("listens", ["", "::", "::1"])
+def test_peers_by_ipv6(wire: Wire, listens: str) -> None:
+    """The guest knows no IPv6: they are the gateway to it; answers leave from the address that was asked."""
+    known(wire)
+    with forward(wire, host_addr=listens) as rule, socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as one, \
+            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as two:
+        seen = set()
+        for n in range(3):
+            for s in (one, two):
+                s.settimeout(DEADLINE)
+                s.connect(("::1", rule.host_port))  # takes answers from there only
+                s.send(b"%d" % n)
+                d = wire.recv_udp(rule.guest_port)
+                assert (d.src, d.data) == (GATEWAY, b"%d" % n)
+                seen.add(d.sport)
+                reply(wire, d, b"to %d" % n)
+                assert s.recv(100) == b"to %d" % n
+        assert len(seen) == 2
+        with peer(rule.host_port) as v4:  # IPv4 where the rule is for every address, and only there
+            v4.send(b"four")
+            if listens:
+                with pytest.raises(ConnectionRefusedError):
+                    v4.recv(1)
+            else:
+                assert wire.recv_udp(rule.guest_port).data == b"four"
+
+
 def test_peers_with_one_port_get_different_ones(wire: Wire) -> None:
     """127.0.0.1 and 127.0.0.2 are both the gateway to the guest."""
     known(wire)

@@ -117,6 +117,23 @@ def test_a_denied_client_is_reset_and_the_guest_hears_nothing() -> None:
             assert guest.recv(lambda p: "TCP" in p and p["TCP"].dport == 80 and p["TCP"].flags == "S")
 
 
+def test_a_denied_client_by_ipv6() -> None:
+    """By its own address, not by the gateway's under which the guest would see it; IPv4 rules mean IPv4 clients."""
+    with EgressOnly(policy=("allow in 127.0.0.0/8", "deny in ::/0")) as guest:
+        known(guest)
+        listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+        port = listener.getsockname()[1]
+        listen(guest, listener, 80)
+        with socket.create_connection(("::1", port)) as client:
+            client.settimeout(DEADLINE)
+            guest.step(DEADLINE)
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        assert guest.counters()["drop_policy_in"] == 1
+        with socket.create_connection(("127.0.0.1", port)):
+            assert guest.recv(lambda p: "TCP" in p and p["TCP"].dport == 80 and p["TCP"].flags == "S")
+
+
 def test_a_denied_peers_datagrams_are_dropped_and_counted() -> None:
     policy = ("deny in udp 127.0.0.1", "deny in tcp")
     with EgressOnly(policy=policy) as guest, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bound:
