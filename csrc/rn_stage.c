@@ -560,6 +560,7 @@ void rn_stage_begin(struct rn_stage *s)
 	s->now = rn_now_ns();
 	s->want_buf = 0;
 	s->hold_input = 0;
+	s->hold_inputs = 0;
 	memset(s->want_room, 0, sizeof(s->want_room));
 	memset(s->impair_stuck, 0, sizeof(s->impair_stuck));
 	for (uint32_t i = 0; i < RN_NROLES; i++)
@@ -619,6 +620,8 @@ int rn_stage_arm(struct rn_stage *s)
 				r = bad_output(s, (int)i);
 		}
 	for (uint32_t i = 0; !r && !s->hold_input && i < s->nin; i++) {
+		if (s->hold_inputs >> i & 1)
+			continue;
 		r = rn_ring_rx_arm(&s->in[i]);
 		if (r < 0)
 			r = bad_input(s, i);

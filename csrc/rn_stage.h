@@ -118,6 +118,7 @@ struct rn_stage {
 	uint8_t want_room[RN_NROLES]; /* turn() sets: I stopped for room in this output; RN_WANT_TIME: for its wire */
 	uint8_t want_buf;	      /* turn() sets: I stopped for a buffer of my own part */
 	uint8_t hold_input;	      /* turn() sets: I will not read inputs until room or buffers appear */
+	uint8_t hold_inputs;	      /* the same of single inputs, a bit each */
 	uint8_t draining;
 	uint8_t broken;		/* a neighbour's counter was impossible: the loop ends, error says which */
 	uint32_t turn_free[2];	/* free buffers by class when the turn began */
@@ -195,7 +196,7 @@ uint64_t rn_now_ns(void); /* CLOCK_MONOTONIC */
 
 /* The pieces of rn_stage_run(), for a stage whose loop is not in C:
  *   begin; work; end; if idle and arm() == 0: block until an fd is readable or the deadline; disarm. */
-void rn_stage_begin(struct rn_stage *s); /* reads the clock, clears want_room, want_buf, hold_input */
+void rn_stage_begin(struct rn_stage *s); /* reads the clock, clears want_room, want_buf, hold_input(s) */
 void rn_stage_end(struct rn_stage *s);	 /* publishes outputs, heartbeat and counters */
 /* 0: nothing to do, may block (rings are armed, the cell says asleep). 1: something came: another turn, nothing
  * is armed. -EPROTO: a neighbour's counter is impossible, error is set. */

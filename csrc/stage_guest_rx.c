@@ -21,6 +21,9 @@
  * The link may be set anew while the stage runs, when a virtual machine is started again. Without one (descriptor -1)
  * frames are dropped as for an interface that is down.
  *
+ * The second NIC, if there is one, is a link of its own (relay.c) that takes vmnet's ring and no other: neither link,
+ * when full, holds back the other's frames.
+ *
  * system calls: write, sendto, sendmsg, sendmmsg (link), epoll_ctl, fstat, lseek, ftruncate (capture)
  */
 #include "stage_guest_rx.h"
@@ -30,6 +33,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 
+#include "relay.h"
 #include "rn_parse.h"
 #include "rn_pcap.h"
 
@@ -44,6 +48,8 @@ struct stage_guest_rx {
 	struct rn_buf *spent[BURST];
 	uint32_t nspent;
 	uint64_t pcap_written, pcap_lost; /* as last taken over */
+	int has_nic2;
+	struct relay_out nic2;
 };
 
 static void count_pcap(struct rn_stage *s, struct stage_guest_rx *g)
@@ -189,11 +195,11 @@ static int guest_rx_turn(struct rn_stage *s)
 	struct stage_guest_rx *g = s->priv;
 	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
 	uint32_t start = s->next_in;
-	int did = 0, err = 0, closed = 0;
+	int did = 0, err = 0, closed = 0, relayed = 0;
 
 	for (uint32_t j = 0; j < s->nin && !g->blocked && !closed; j++) {
 		uint32_t i = (start + j) % s->nin;
-		uint32_t n = (uint32_t)rn_stage_peek(s, i, BURST), k;
+		uint32_t n = g->has_nic2 && i == g->nic2.in ? 0 : (uint32_t)rn_stage_peek(s, i, BURST), k;
 
 		for (k = 0; k < n; k++) {
 			struct rn_desc d = rn_ring_at(&s->in[i], k);
@@ -223,22 +229,29 @@ static int guest_rx_turn(struct rn_stage *s)
 	if (rn_link_held(&g->link) && !g->blocked && !err)
 		err = flush_link(s, g);
 	/* Frames wait, but for the link or the end of a stall: neighbours need not wake us. */
-	s->hold_input = (uint8_t)(g->blocked || closed);
+	if (g->has_nic2) {
+		if (g->blocked || closed)
+			s->hold_inputs = (uint8_t)~(1u << g->nic2.in);
+		relayed = relay_out_turn(s, &g->nic2);
+	} else {
+		s->hold_input = (uint8_t)(g->blocked || closed);
+	}
 	if (g->pcap) {
 		rn_pcap_flush(g->pcap);
 		count_pcap(s, g);
 	}
-	return err ? err : did;
+	if (err || relayed < 0)
+		return err ? err : relayed;
+	return did + relayed;
 }
 
 static void guest_rx_event(struct rn_stage *s, uint32_t tag, uint32_t index, uint32_t events)
 {
 	struct stage_guest_rx *g = s->priv;
 
-	(void)index;
 	(void)events; /* on an error as well: the write tells */
 	if (tag == RN_TAG_LINK)
-		g->blocked = 0;
+		*(index ? &g->nic2.blocked : &g->blocked) = 0;
 }
 
 /* Draining ends when the kernel has all. */
@@ -246,7 +259,7 @@ static int guest_rx_drained(struct rn_stage *s)
 {
 	struct stage_guest_rx *g = s->priv;
 
-	return !rn_link_held(&g->link);
+	return !rn_link_held(&g->link) && (!g->has_nic2 || !rn_link_held(&g->nic2.link));
 }
 
 static void guest_rx_fini(struct rn_stage *s)
@@ -259,6 +272,8 @@ static void guest_rx_fini(struct rn_stage *s)
 		rn_pcap_free(g->pcap);
 	}
 	rn_link_close(&g->link);
+	if (g->has_nic2)
+		relay_out_fini(&g->nic2);
 	free(g);
 	s->priv = NULL;
 }
@@ -332,4 +347,29 @@ int stage_guest_rx_init(struct rn_stage *s, const struct rn_link *link, int pcap
 	}
 	s->ops = &guest_rx_ops;
 	return 0;
+}
+
+int stage_guest_rx_nic2(struct rn_stage *s, const struct rn_link *link, uint32_t producer_row)
+{
+	struct stage_guest_rx *g = s->priv;
+	int err = relay_link_check(s, link);
+	uint32_t i = 0;
+
+	while (i < s->nin && s->in_row[i] != producer_row)
+		i++;
+	if (!err && i == s->nin)
+		err = rn_fail(s, -EINVAL, "guest_rx: no input from stage row %u for the second NIC", producer_row);
+	if (err)
+		return err;
+	g->nic2 = (struct relay_out){
+		.link = *link,
+		.in = i,
+		.index = 1,
+		.c = { .frames = RN_C_nic2_down_frames, .bytes = RN_C_nic2_down_bytes, .down = RN_C_drop_link_down,
+		       .failed = RN_C_drop_link_write, .runt = RN_NCOUNTERS, .oversize = RN_NCOUNTERS,
+		       .vnet_header = RN_NCOUNTERS, .storm = RN_NCOUNTERS, .full = RN_C_link_full },
+	};
+	err = relay_out_watch(s, &g->nic2);
+	g->has_nic2 = !err;
+	return err;
 }

@@ -22,6 +22,9 @@
  * Without one (descriptor -1) there is nothing to read. A stream that lost its framing is of no more use; the stage stops
  * reading it and tells its Python half once, which tells the supervisor.
  *
+ * The second NIC, if there is one, is a link of its own (relay.c): its frames go to vmnet unparsed, and never use the
+ * last NIC1_LARGE large buffers, so that a host side that stands still does not stop this one.
+ *
  * system calls: read, recv, getsockopt (link), epoll_ctl, write, fstat, lseek, ftruncate (capture)
  */
 #include "stage_guest_tx.h"
@@ -30,9 +33,11 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 
+#include "relay.h"
 #include "rn_parse.h"
 #include "rn_pcap.h"
 
+#define NIC1_LARGE 64u
 #define BURST 32u /* frames a turn: bounds the time to a cancel */
 
 struct stage_guest_tx {
@@ -43,6 +48,8 @@ struct stage_guest_tx {
 	int gone;	      /* 1: end of file, or the device is no more */
 	int broken;	      /* negative errno: why the link is of no more use; 0 when it was told */
 	uint64_t pcap_written, pcap_lost; /* as last taken over */
+	int has_nic2;
+	struct relay_in nic2;
 };
 
 static void count_pcap(struct rn_stage *s, struct stage_guest_tx *t)
@@ -215,6 +222,8 @@ static int guest_tx_turn(struct rn_stage *s)
 		rn_pcap_flush(t->pcap);
 		count_pcap(s, t);
 	}
+	if (t->has_nic2)
+		n += (uint32_t)relay_in_turn(s, &t->nic2);
 	return (int)n;
 }
 
@@ -222,10 +231,9 @@ static void guest_tx_event(struct rn_stage *s, uint32_t tag, uint32_t index, uin
 {
 	struct stage_guest_tx *t = s->priv;
 
-	(void)index;
 	(void)events; /* whatever it is, reading tells */
 	if (tag == RN_TAG_LINK)
-		t->readable = 1;
+		*(index ? &t->nic2.readable : &t->readable) = 1;
 }
 
 static void guest_tx_fini(struct rn_stage *s)
@@ -239,6 +247,8 @@ static void guest_tx_fini(struct rn_stage *s)
 	}
 	rn_buf_free(&s->pool, t->spare);
 	rn_link_close(&t->link);
+	if (t->has_nic2)
+		relay_in_fini(s, &t->nic2);
 	free(t);
 	s->priv = NULL;
 }
@@ -313,4 +323,25 @@ int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap
 	}
 	s->ops = &guest_tx_ops;
 	return 0;
+}
+
+int stage_guest_tx_nic2(struct rn_stage *s, const struct rn_link *link)
+{
+	struct stage_guest_tx *t = s->priv;
+	int err = relay_link_check(s, link);
+
+	if (err)
+		return err;
+	t->nic2 = (struct relay_in){
+		.link = *link,
+		.role = RN_ROLE_HOSTNET,
+		.spare_large = NIC1_LARGE,
+		.index = 1,
+		.c = { .frames = RN_C_nic2_up_frames, .bytes = RN_C_nic2_up_bytes, .down = RN_NCOUNTERS,
+		       .failed = RN_C_drop_link_read, .runt = RN_C_drop_runt, .oversize = RN_C_drop_oversize,
+		       .vnet_header = RN_C_drop_bad_vnet_header, .storm = RN_NCOUNTERS, .full = RN_NCOUNTERS },
+	};
+	err = relay_in_watch(s, &t->nic2);
+	t->has_nic2 = !err;
+	return err;
 }

@@ -13,5 +13,7 @@ int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap
 int stage_guest_tx_link(struct rn_stage *s, const struct rn_link *link);
 /* Why the link is of no more use, a negative errno, told once; 0: it is of use. */
 int stage_guest_tx_broken(struct rn_stage *s);
+/* After it: the guest's second NIC, whose frames go to output HOSTNET. 0 or a negative errno. */
+int stage_guest_tx_nic2(struct rn_stage *s, const struct rn_link *link);
 /* CFFI END */
 #endif
