@@ -11,12 +11,12 @@ _ringnet() {
 			continue
 		fi
 		case "$path|$w" in
-		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--policy" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--seed" | "run|--impair" | "run|--hold" | "run|--restarts")
+		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--policy" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--nic2" | "run|--route" | "run|--seed" | "run|--impair" | "run|--hold" | "run|--restarts")
 			skip=1
 			option=$w
 			continue
 			;;
-		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--policy" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--seed" | "attach|--impair" | "attach|--hold" | "attach|--restarts")
+		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--policy" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--nic2" | "attach|--route" | "attach|--seed" | "attach|--impair" | "attach|--hold" | "attach|--restarts")
 			skip=1
 			option=$w
 			continue
@@ -136,6 +136,11 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"ctl start|-s" | "ctl start|--session" | "ctl start|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
 		"capture|-s" | "capture|--session" | "capture|--api-socket" | "capture|-w" | "capture|--write" | "capture|--host" | "capture|--port" | "capture|--proto" | "capture|--flow" | "capture|--snaplen" | "capture|-c" | "capture|--count" | "capture|--file-size" | "capture|--files" | "capture|--buffer")
 			skip=1
 			option=$w
@@ -143,7 +148,7 @@ _ringnet() {
 			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl log" | "ctl events" | "ctl cancel" | "capture" | "completion" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "completion" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -203,6 +208,8 @@ _ringnet() {
 		"ctl events|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		"ctl cancel|-s" | "ctl cancel|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
 		"ctl cancel|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl start|-s" | "ctl start|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl start|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		"capture|-s" | "capture|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
 		"capture|--api-socket" | "capture|-w" | "capture|--write") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		"capture|--proto") mapfile -t COMPREPLY < <(compgen -W "tcp udp icmp" -- "$cur") ;;
@@ -211,10 +218,10 @@ _ringnet() {
 	fi
 	case "$path" in
 	"") mapfile -t COMPREPLY < <(compgen -W "run attach demo ctl capture completion stage -h --help --version" -- "$cur") ;;
-	"run") mapfile -t COMPREPLY < <(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur") ;;
-	"attach") mapfile -t COMPREPLY < <(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur") ;;
+	"run") mapfile -t COMPREPLY < <(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur") ;;
+	"attach") mapfile -t COMPREPLY < <(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur") ;;
 	"demo") mapfile -t COMPREPLY < <(compgen -W "" -- "$cur") ;;
-	"ctl") mapfile -t COMPREPLY < <(compgen -W "ls status stages statistics forward hosts flows close policy hold release log events cancel -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl") mapfile -t COMPREPLY < <(compgen -W "ls status stages statistics forward hosts flows close policy hold release log events cancel start -h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl ls") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl status") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl stages") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
@@ -237,6 +244,7 @@ _ringnet() {
 	"ctl log") mapfile -t COMPREPLY < <(compgen -W "error warning info debug -h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl events") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --count" -- "$cur") ;;
 	"ctl cancel") mapfile -t COMPREPLY < <(compgen -W "nic1 nic2 -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl start") mapfile -t COMPREPLY < <(compgen -W "nic2 -h --help -s --session --api-socket --json" -- "$cur") ;;
 	"capture") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket -w --write --host --port --proto --flow --drops --snaplen -c --count --file-size --files --buffer -q --quiet" -- "$cur") ;;
 	"completion") mapfile -t COMPREPLY < <(compgen -W "bash zsh -h --help" -- "$cur") ;;
 	"stage") mapfile -t COMPREPLY < <(compgen -W "-h --help" -- "$cur") ;;

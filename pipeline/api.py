@@ -126,6 +126,18 @@ class Hosts(Struct, frozen=True, kw_only=True):
     next: int | None
 
 
+class NicInfo(Struct, frozen=True, kw_only=True):
+    state: str  # "running" or "down"
+    reason: str  # why it is down
+    interface: str  # of the guest
+    mac: str
+    mtu: int
+    host: str  # the host side
+    address: str  # the guest's, if the host side gives it
+    gateway: str  # the host's
+    routes: list[str]
+
+
 class Status(Struct, frozen=True, kw_only=True):
     session: str
     version: int  # of the API
@@ -145,6 +157,7 @@ class Status(Struct, frozen=True, kw_only=True):
     forwards: int
     names: int
     clients: int  # of the control API, this one included
+    nic2: NicInfo | None = None  # the second interface
 
 
 class StageInfo(Struct, frozen=True, kw_only=True):
@@ -446,10 +459,17 @@ class Log(Call, kw_only=True):
 
 
 class CancelNic(Call, kw_only=True):
-    """End an interface of the guest. NIC1 is the session."""
+    """End an interface of the guest, with all that it has on the host. NIC1 is the session; NIC2 can be started again."""
 
     call = "cancel"
     nic: Literal["nic1", "nic2"] = "nic1"
+
+
+class StartNic(Call, kw_only=True):
+    """Bring the second interface up again after it was cancelled, or failed."""
+
+    call = "start"
+    nic: Literal["nic2"] = "nic2"
 
 
 class StageHold(Call, kw_only=True):
@@ -475,7 +495,8 @@ class StageTake(Call, kw_only=True):
     stage: str
 
 
-EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "flow-refused", "lease-given"]
+EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "flow-refused", "lease-given",
+                    "nic-changed"]
 
 
 class Subscribe(Call, kw_only=True):
@@ -490,6 +511,7 @@ EVENTS: tuple[str, ...] = get_args(EventName)
 CALLS: dict[str, type[Call]] = {c.call: c for c in (
     ForwardsAdd, ForwardsRemove, ForwardsReplace, ForwardsList, HostsAdd, HostsRemove, HostsReplace, HostsList,
     GetStatus, Stages, Statistics, Memory, FlowsList, FlowsClose, CaptureStart, CaptureStop, Policy, Log, CancelNic,
+    StartNic,
     StageHold, StageRelease, StageTake,
     Subscribe)}
 
@@ -538,13 +560,21 @@ class LeaseGiven(Event, kw_only=True, tag="lease-given"):
     seconds: int
 
 
+class NicChanged(Event, kw_only=True, tag="nic-changed"):
+    """The second interface came up, or went down."""
+
+    nic: str  # "nic2"
+    state: str  # "running" or "down"
+    reason: str  # why it is down
+
+
 class Lost(Event, kw_only=True, tag="lost"):
     """So many events are missing here: they came faster than they were read, or than they are told."""
 
     count: int
 
 
-AnyEvent = StageChanged | ForwardAdded | ForwardRemoved | HostsChanged | FlowRefused | LeaseGiven | Lost
+AnyEvent = StageChanged | ForwardAdded | ForwardRemoved | HostsChanged | FlowRefused | LeaseGiven | NicChanged | Lost
 
 
 def event_name(event: Event) -> str:

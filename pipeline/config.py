@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from pipeline import nic2
 from pipeline.forwards import Auto, Forward, ForwardSyntaxError, Proto, autos, parse_all
 from pipeline.policy import PolicyError, PolicyRule, effective
 from pipeline.proxies import Plan, ProxyError, chosen, plan
@@ -214,6 +215,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     pending_max: Annotated[int, _opt("TCP connects under way; more are refused", "", "N", ge=1, le=15000)] = 1024
     peek: Annotated[str, _opt("how unacknowledged data is read again: auto, offset (SO_PEEK_OFF, Linux 6.9) or discard",
                               "", "HOW", pattern="^(auto|offset|discard)$")] = "auto"
+    nic2: Annotated[str, _opt(
+        "a second interface on a network of the host, like shared, host, bridged,if=br0 or socket,path=PATH, and options"
+        " with commas (docs/nic2.md)", "", "MODE")] = ""
+    route: Annotated[tuple[str, ...], _opt(
+        "route of the host into the guest by its second interface, like 172.16.0.0/12; may be repeated", "", "NET",
+        max_length=nic2.ROUTES_MAX)] = ()
     seed: Annotated[int, _opt("for tests: repeatable sequence numbers; 0 is random", "", "N", ge=0)] = 0
     impair: Annotated[tuple[str, ...], _opt("for tests: a bad wire at up, down or a ring, like up:drop=0.01,delay=5ms;"
                                             " may be repeated", "", "SPEC", max_length=16)] = ()
@@ -251,6 +258,14 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         """--policy, --no-metadata and --no-host-loopback as one list. Raises PolicyError."""
         return effective(self.policy, no_metadata=self.no_metadata, no_host_loopback=self.no_host_loopback,
                          gateway=self.gateway)
+
+    def second_nic(self) -> nic2.Nic2 | None:
+        """--nic2, parsed. Raises Nic2SyntaxError."""
+        return nic2.parse(self.nic2) if self.nic2 else None
+
+    def nic2_routes(self) -> list[nic2.Route]:
+        """--route, parsed. Raises Nic2SyntaxError."""
+        return [nic2.parse_route(text) for text in self.route]
 
     def hosts_table(self) -> dict[str, list[str]]:
         return {n: v.split(",") if isinstance(v, str) else list(v) for n, v in self.hosts.items()}
@@ -442,11 +457,32 @@ def check(s: Settings) -> Settings:
         chosen("none", s.no_proxy, {})
     except ProxyError as e:
         raise ConfigError(f"--no-proxy {e}") from None
+    _check_nic2(s)
     places = [i.place for i in s.impairments()]
     for text, place in zip(s.impair, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"--impair {text}: {place} twice")
     return s
+
+
+def _check_nic2(s: Settings) -> None:
+    try:
+        second = s.second_nic()
+    except nic2.Nic2SyntaxError as e:
+        raise ConfigError(f"--nic2 {e}") from None
+    if second is not None and second.ifname == s.ifname:
+        raise ConfigError(f"--nic2 ifname={second.ifname}: is the first interface's name; give another")
+    if s.route and second is None:
+        raise ConfigError(f"--route {s.route[0]}: there is no second interface; give --nic2")
+    try:
+        routes = s.nic2_routes()
+    except nic2.Nic2SyntaxError as e:
+        raise ConfigError(f"--route {e}") from None
+    if second is not None and second.mode == "socket" and routes:
+        raise ConfigError(f"--route {s.route[0]}: the network of a socket is the helper's; make the route there")
+    for n, one in enumerate(routes):
+        if any(one.network.overlaps(other.network) for other in routes[:n]):
+            raise ConfigError(f"--route {s.route[n]}: overlaps another --route")
 
 
 def get_mac_pattern() -> str:
@@ -473,7 +509,20 @@ def frame_max(mtu: int, *, vnet: bool) -> int:
     return FRAME_MAX if vnet else mtu + ETH_HLEN + VLAN_HLEN
 
 
-def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = "") -> dict[str, dict[str, Any]]:
+class SecondNic(Struct, frozen=True, kw_only=True):
+    """The second NIC as the stages are told of it."""
+
+    facts: nic2.Facts
+    guest_kind: str  # of link
+    guest_vnet: bool  # it has virtio-net headers
+    host_kind: str
+    host_vnet: bool
+    storm: int
+    row: int  # vmnet's
+
+
+def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = "", second: SecondNic | None = None
+                  ) -> dict[str, dict[str, Any]]:
     """The stages' configurations by stage name, ready to be encoded. dns_path: abstract Unix address (without the
     leading NUL) of services' DNS over TCP. Raises ConfigError if a proxy's name has no address."""
     net = s.network
@@ -499,4 +548,11 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
                      "lease_file": os.path.abspath(s.lease_file) if s.lease_file else "", "lease_s": 86400,
                      "learn_names": through is not None},
     }
+    if second is not None:
+        largest = nic2.frame_max(second.facts)
+        link2 = {"link_kind": second.guest_kind, "vnet": second.guest_vnet, "frame_max": largest}
+        made["guest_tx"] = link | {"nic2": link2}
+        made["guest_rx"] = link | {"nic2": link2 | {"producer": second.row}}
+        made["vmnet"] = {"link_kind": second.host_kind, "vnet": second.host_vnet, "frame_max": largest,
+                         "storm": second.storm}
     return {name: {"type": name, **c} for name, c in made.items()}

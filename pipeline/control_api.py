@@ -43,6 +43,7 @@ from pipeline.forwards import parse as parse_forwards
 from pipeline.hosts_book import Delta, HostsBook, NotThere
 from pipeline.messages import CloseFlow, FrameFilter, HostsChange, Notices
 from pipeline.seats import SeatError
+from pipeline.second_nic import Nic2Error, SecondNic
 from pipeline.session_dir import Listening
 from pipeline.supervisor import Session
 
@@ -196,6 +197,7 @@ class ControlApi:
             api.CancelNic: self._cancel, api.Subscribe: self._subscribe, api.StageHold: self._stage_hold,
             api.StageRelease: self._stage_release, api.StageTake: self._stage_take, api.Memory: self._memory,
             api.CaptureStart: self._capture_start, api.CaptureStop: self._capture_stop,
+            api.StartNic: self._start_nic,
         }
         try:
             self.listening = Listening(name, path)
@@ -591,7 +593,7 @@ class ControlApi:
             address=s.address, gateway=s.gateway, network=str(s.network), mtu=s.mtu, link=session.link.kind,
             interface=session.link.name, stages=len(session.stages()), flows=sum(1 for _ in session.memory.flows),
             flows_max=len(session.memory.flows), forwards=len(session.forwards()), names=len(self.book.names),
-            clients=len(self.clients))
+            clients=len(self.clients), nic2=self._nic_info())
 
     def _stages(self, client: Client, call: api.Stages, done: Done) -> api.StageList:
         return api.StageList(stages=[
@@ -727,7 +729,8 @@ class ControlApi:
 
     def _cancel(self, client: Client, call: api.CancelNic, done: Done) -> api.Nothing:
         if call.nic == "nic2":
-            raise ApiError(Code.UNSUPPORTED, "nic: this session has no NIC2")
+            self._second_nic().stop("cancelled through the control API")
+            return api.Nothing()
         self.session.end("cancelled through the control API")
         return api.Nothing()
 
@@ -761,6 +764,27 @@ class ControlApi:
         if stage == "services":
             for part in _parts(self.book.whole(self.session.settings.hosts_table())):
                 self.session.ask(stage, part, lambda error: None)
+
+    def _start_nic(self, client: Client, call: api.StartNic, done: Done) -> api.Nothing:
+        try:
+            self._second_nic().start()
+        except Nic2Error as e:
+            raise ApiError(Code.FAILED, f"nic: {e}") from None
+        return api.Nothing()
+
+    def _second_nic(self) -> SecondNic:
+        """Raises ApiError."""
+        if self.session.nic2 is None:
+            raise ApiError(Code.UNSUPPORTED, "nic: this session has no NIC2")
+        return self.session.nic2
+
+    def _nic_info(self) -> api.NicInfo | None:
+        if (second := self.session.nic2) is None:
+            return None
+        f = second.facts
+        return api.NicInfo(state="running" if second.running else "down", reason=second.reason,
+                           interface=second.link.name, mac=f.mac, mtu=f.mtu, host=f.host, address=f.address,
+                           gateway=f.gateway, routes=[str(r.network) for r in self.session.settings.nic2_routes()])
 
     def _subscribe(self, client: Client, call: api.Subscribe, done: Done) -> api.Nothing:
         client.events = frozenset(call.events if call.events is not None else api.EVENTS)

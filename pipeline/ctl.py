@@ -109,6 +109,8 @@ def parser() -> Parser:
     p.add_argument("--count", type=int, default=0, metavar="N", help="end after so many")
     p = add(commands, "cancel", cancel, "end an interface of the guest; nic1 is the session")
     p.add_argument("nic", nargs="?", default="nic1", choices=["nic1", "nic2"])
+    p = add(commands, "start", start, "bring an interface of the guest up again that was cancelled, or failed")
+    p.add_argument("nic", nargs="?", default="nic2", choices=["nic2"])
     return top
 
 
@@ -161,7 +163,15 @@ def status(client: Client, args: argparse.Namespace, out: Output) -> None:
         f"stages     {s.stages} running",
         f"flows      {s.flows} of {s.flows_max}",
         f"forwards   {s.forwards}",
-        f"names      {s.names}"]))
+        f"names      {s.names}", *_second(s.nic2)]))
+
+
+def _second(nic: api.NicInfo | None) -> list[str]:
+    if nic is None:
+        return []
+    address = f"{nic.address or 'address by DHCP of its network'}" + (f", host {nic.gateway}" if nic.gateway else "")
+    return [f"NIC2       {nic.state}{': ' + nic.reason if nic.reason else ''}; {nic.interface}, {nic.mac}, MTU {nic.mtu},"
+            f" {address}; {nic.host}" + (f"; routes {', '.join(nic.routes)}" if nic.routes else "")]
 
 
 def stages(client: Client, args: argparse.Namespace, out: Output) -> None:
@@ -300,6 +310,10 @@ def release(client: Client, args: argparse.Namespace, out: Output) -> None:
 
 def cancel(client: Client, args: argparse.Namespace, out: Output) -> None:
     out.show(client.call(api.CancelNic(nic=args.nic)), None)
+
+
+def start(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.StartNic(nic=args.nic)), None)
 
 
 def events(client: Client, args: argparse.Namespace, out: Output) -> None:

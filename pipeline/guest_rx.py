@@ -1,6 +1,7 @@
 """guest_rx: write frames to the guest.
 
 In:      frames of classify, egress and services, each in turn; a virtio-net header in front of each.
+         With `nic2` vmnet's frames too, for the second link (fds: link2).
 Out:     the guest's link (fds: link). A link that is full for now makes the frames wait in their rings; with
          `pcap` a copy of each frame written goes to the capture file (fds: pcap, O_APPEND).
 Source:  virtio-net header: virtio 1.2 5.1.6. The loop is csrc/stage_guest_rx.c.
@@ -18,12 +19,22 @@ from shm._dataplane import ffi, lib
 KINDS = {"tap": lib.RN_LINK_TAP, "dgram": lib.RN_LINK_DGRAM}
 
 
+class Nic2Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The second NIC's link; as above."""
+
+    link_kind: Literal["tap", "dgram"]
+    vnet: bool
+    frame_max: int
+    producer: int  # stage row of vmnet, whose frames it takes
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="guest_rx"):
     link_kind: Literal["tap", "dgram"]
     vnet: bool  # the link takes virtio-net headers
     mtu: Mtu  # bytes of L3
     frame_max: int  # bytes of Ethernet frame, header included; super-frames may be longer
     pcap: bool  # fds has the capture file
+    nic2: Nic2Link | None = None  # the guest's second NIC (fds: link2)
 
 
 def run(cfg: Config, ctx: StageContext) -> Ended:
@@ -33,4 +44,9 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
                                         "frame_max": cfg.frame_max})
     if lib.stage_guest_rx_init(ctx.stage, link, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+    if cfg.nic2 is not None:
+        link2 = ffi.new("struct rn_link *", {"fd": ctx.fds["link2"], "kind": KINDS[cfg.nic2.link_kind],
+                                             "vnet": int(cfg.nic2.vnet), "frame_max": cfg.nic2.frame_max})
+        if lib.stage_guest_rx_nic2(ctx.stage, link2, cfg.nic2.producer) < 0:
+            raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     return ctx.run_loop()

@@ -2,7 +2,8 @@
 
 In:      the guest's link (fds: link), Ethernet frames of at most `frame_max` B, each behind a 12 B virtio-net
          header if `vnet`; with `pcap` a copy of each goes to the capture file (fds: pcap, O_APPEND).
-Out:     the same frames to classify. A full ring, or no free buffer, stops the reading: nothing is dropped here
+         With `nic2` a second link of the same kind (fds: link2).
+Out:     the same frames to classify, those of the second link to vmnet. A full ring, or no free buffer, stops the reading: nothing is dropped here
          but what is no frame, by reason (csrc/rn_metrics.def).
 Source:  virtio-net header: virtio 1.2 5.1.6. The loop is csrc/stage_guest_tx.c.
 """
@@ -19,12 +20,21 @@ from shm._dataplane import ffi, lib
 KINDS = {"tap": lib.RN_LINK_TAP, "dgram": lib.RN_LINK_DGRAM}
 
 
+class Nic2Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The second NIC's link; as above."""
+
+    link_kind: Literal["tap", "dgram"]
+    vnet: bool
+    frame_max: int
+
+
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="guest_tx"):
     link_kind: Literal["tap", "dgram"]
     vnet: bool  # the link has virtio-net headers
     mtu: Mtu  # bytes of L3
     frame_max: int  # bytes of Ethernet frame, header included, either way
     pcap: bool  # fds has the capture file
+    nic2: Nic2Link | None = None  # the guest's second NIC (fds: link2)
 
 
 def run(cfg: Config, ctx: StageContext) -> Ended:
@@ -34,4 +44,9 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
                                         "frame_max": cfg.frame_max})
     if lib.stage_guest_tx_init(ctx.stage, link, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+    if cfg.nic2 is not None:
+        link2 = ffi.new("struct rn_link *", {"fd": ctx.fds["link2"], "kind": KINDS[cfg.nic2.link_kind],
+                                             "vnet": int(cfg.nic2.vnet), "frame_max": cfg.nic2.frame_max})
+        if lib.stage_guest_tx_nic2(ctx.stage, link2) < 0:
+            raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     return ctx.run_loop()

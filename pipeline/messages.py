@@ -237,6 +237,21 @@ class CaptureEnd(Ask, kw_only=True):
     capture: int
 
 
+class Nic2Dhcp(Ask, kw_only=True):
+    """To services: be the DHCP server of the second NIC's host side, by the socket that comes with it; or, without one,
+    be it no more."""
+
+    serve: bool = True  # a descriptor comes with it: UDP port 67, bound to the bridge
+    mac: str = ""  # the guest's
+    address: str = ""  # the guest's, with the prefix length
+    gateway: str = ""  # the host's
+    mtu: int = 1500
+    router: bool = False  # the host is a way out
+
+    def carries(self) -> int:
+        return int(self.serve)
+
+
 class Answer(Message):
     seq: int
     error: str = ""  # "": done
@@ -267,7 +282,7 @@ class Refused(Message):
 
 FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused
 ToStage = (Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
-           | Capture | CaptureEnd)
+           | Capture | CaptureEnd | Nic2Dhcp)
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()

@@ -55,11 +55,12 @@ class _Said(Struct, frozen=True, kw_only=True, tag=str.lower):
 
 
 class Tap(_Said):
-    """Child: the link's descriptor is beside this message, then a netlink socket of the namespace, then its tables of
-    sockets."""
+    """Child: the link's descriptor is beside this message, then a netlink socket of the namespace, then the second
+    interface's if there is one, then the namespace's tables of sockets."""
 
     index: int  # of the interface
     tables: tuple[str, ...] = ()  # their names (auto_forwards.TABLES)
+    second: bool = False  # there is a second interface
 
 
 class Go(_Said):
@@ -71,6 +72,7 @@ class Configured(_Said):
     router: str
     dns: tuple[str, ...]
     note: str = ""  # something to tell the user
+    second: str = ""  # address of the second interface, with its prefix length; "" if it got none
 
 
 class Spawned(_Said):
@@ -122,7 +124,7 @@ class Line:
 
     def recv(self) -> tuple[Said, list[int]] | None:
         """A message and its descriptors; None at EOF. Blocks."""
-        data, anc, _, _ = self.sock.recvmsg(65536, socket.CMSG_SPACE(4 * (2 + len(TABLES))), socket.MSG_CMSG_CLOEXEC)
+        data, anc, _, _ = self.sock.recvmsg(65536, socket.CMSG_SPACE(4 * (3 + len(TABLES))), socket.MSG_CMSG_CLOEXEC)
         fds = array.array("i")
         for level, kind, body in anc:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -146,8 +148,17 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 # -- the tap
 
-def make_tap(name: str, mtu: int) -> int:
-    """Make the guest's interface in this namespace and set its MTU; returns the descriptor.
+class Second(Struct, frozen=True, kw_only=True):
+    """The second interface to make (pipeline/nic2.py)."""
+
+    name: str
+    mac: str
+    mtu: int
+
+
+def make_tap(name: str, mtu: int, mac: str = "") -> int:
+    """Make the guest's interface in this namespace and set its MTU and, if given, its MAC address; returns the
+    descriptor.
 
     Raises GuestError, naming the fix.
     """
@@ -169,6 +180,8 @@ def make_tap(name: str, mtu: int) -> int:
             raise GuestError(TAKEN.format(name))
         raise GuestError(f"cannot make interface {name}: {os.strerror(err)}")
     try:
+        if mac:
+            netlink.link_address(name, mac)
         netlink.link_mtu(name, mtu)
     except OSError as e:
         os.close(fd)
@@ -193,9 +206,28 @@ def configure(name: str) -> Lease:
     return lease
 
 
-def _configured(lease: Lease, note: str = "") -> Configured:
+SECOND_WAIT = 4.0  # s; the network of a second interface may have no DHCP server
+
+
+def configure_second(second: Second | None) -> tuple[str, str]:
+    """Bring the second interface up, with an address if a DHCP server there gives one; returns (address, note). No
+    default route, no DNS: those are the first one's. Raises GuestError."""
+    if second is None:
+        return "", ""
+    try:
+        netlink.link_up(second.name)
+        lease = ask(second.name, seconds=SECOND_WAIT)
+        netlink.addr_add(second.name, lease.address)
+    except DhcpError as e:
+        return "", f"{second.name} is up and has no address: {e}"
+    except OSError as e:
+        raise GuestError(f"{second.name}: {e.strerror or e}") from e
+    return str(lease.address), ""
+
+
+def _configured(lease: Lease, note: str, second: str) -> Configured:
     return Configured(address=str(lease.address), router=str(lease.router or ""), dns=tuple(map(str, lease.dns)),
-                      note=note)
+                      note=note, second=second)
 
 
 # -- attach: an existing namespace
@@ -258,7 +290,7 @@ def enter(target: Target) -> None:
 
 
 def attach_child(ours: socket.socket, sock: socket.socket, target: Target, name: str, mtu: int,
-                 config_net: bool) -> None:
+                 config_net: bool, second: Second | None = None) -> None:
     """The whole life of attach's child: enter, tap, and with config_net: wait for Go, configure.
 
     `ours`: the supervisor's end, which a forked child has too, and must not, to see its EOF.
@@ -271,21 +303,26 @@ def attach_child(ours: socket.socket, sock: socket.socket, target: Target, name:
     line = Line(sock)
     with _telling(line):
         enter(target)
-        _hand_over(line, name, mtu)
+        _hand_over(line, name, mtu, second)
         if config_net and line.recv() is not None:
-            line.send(_configured(configure(name)))
+            lease = configure(name)
+            address, note = configure_second(second)
+            line.send(_configured(lease, note, address))
 
 
-def _hand_over(line: Line, name: str, mtu: int) -> None:
-    """Make the tap and give it away: the interface lives as long as somebody in the session has it."""
-    with netlink.link_events() as events:
+def _hand_over(line: Line, name: str, mtu: int, second: Second | None) -> None:
+    """Make the taps and give them away: an interface lives as long as somebody in the session has it."""
+    with netlink.link_events() as events, contextlib.ExitStack() as stack:
         fd = make_tap(name, mtu)
+        stack.callback(os.close, fd)
+        fds = [fd, events.fileno()]
+        if second is not None:
+            fds.append(make_tap(second.name, second.mtu, second.mac))
+            stack.callback(os.close, fds[-1])
         tables = open_tables()
-        try:
-            line.send(Tap(index=netlink.index(name), tables=tuple(tables)), fd, events.fileno(), *tables.values())
-        finally:
-            for ours in (fd, *tables.values()):
-                os.close(ours)
+        for table in tables.values():
+            stack.callback(os.close, table)
+        line.send(Tap(index=netlink.index(name), second=second is not None, tables=tuple(tables)), *fds, *tables.values())
 
 
 @contextlib.contextmanager
@@ -396,7 +433,8 @@ def _scratch() -> Iterator[str]:
         _call(lib.rn_os_umount_detach(top.encode()), f"unmount {top}")
 
 
-def guest(sock: socket.socket, name: str, mtu: int, argv: list[str], ignored: frozenset[signal.Signals]) -> NoReturn:
+def guest(sock: socket.socket, name: str, mtu: int, argv: list[str], ignored: frozenset[signal.Signals],
+          second: Second | None = None) -> NoReturn:
     """The whole life of run's child, from fork to the command's end. Never returns.
 
     `ignored`: signals that were ignored when ringnet began (nohup), and so are by the command.
@@ -411,26 +449,28 @@ def guest(sock: socket.socket, name: str, mtu: int, argv: list[str], ignored: fr
     code = 1
     try:
         with _telling(line):
-            code = _guest(line, name, mtu, argv, ignored)
+            code = _guest(line, name, mtu, argv, ignored, second)
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
-def _guest(line: Line, name: str, mtu: int, argv: list[str], ignored: frozenset[signal.Signals]) -> int:
+def _guest(line: Line, name: str, mtu: int, argv: list[str], ignored: frozenset[signal.Signals],
+           second: Second | None) -> int:
     home, tty = os.getcwd(), terminal()
     _new_namespaces()
     netlink.link_up("lo")
-    _hand_over(line, name, mtu)
+    _hand_over(line, name, mtu, second)
     if line.recv() is None:  # Go, or the supervisor gave up
         return 1
     lease = configure(name)
     note = replace_resolv_conf(resolv_text(lease))
+    address, second_note = configure_second(second)
     with contextlib.suppress(OSError):  # so that /sys/class/net shows the guest's interfaces; not where it is masked
         _mount("sysfs", "/sys", "sysfs", lib.RN_MS_RDONLY | _PROC_FLAGS)
     with contextlib.suppress(OSError):  # the scratch mount may have moved it out from under us
         os.chdir(home)
-    line.send(_configured(lease, note))
+    line.send(_configured(lease, "; ".join(filter(None, (note, second_note))), address))
     contained = _pid_namespace_works()
     if not contained:
         return _init(line, argv, ignored, tty, contained=False)

@@ -21,6 +21,7 @@ from pipeline import monitor, netlink
 from pipeline.config import Settings
 from pipeline.control_api import ControlApi
 from pipeline.messages import Exit
+from pipeline.hostside import Host, HostSideError, Mac, backend_for
 from pipeline.netns import (
     SIGNALS,
     Configured,
@@ -31,6 +32,7 @@ from pipeline.netns import (
     Line,
     Resume,
     Said,
+    Second,
     Spawned,
     Tap,
     Trouble,
@@ -40,11 +42,13 @@ from pipeline.netns import (
     open_target,
 )
 from pipeline.netns import Stopped as CommandStopped
+from pipeline.second_nic import SecondNic
 from pipeline.session_dir import SessionDirError
 from pipeline.supervisor import Link, Result, Session, SessionError, Signals, describe_status
 
 TERM_GRACE = 5.0  # s the command has after a SIGTERM or SIGHUP was passed on to it
 END_GRACE = 5.0  # s the guest's init has to end its processes
+SECOND_IFNAME = "tap1"  # of the guest's second interface, unless --nic2 says
 TAP_DEADLINE = 30.0  # s for making namespaces and a tap, on a busy machine
 
 
@@ -59,11 +63,13 @@ class GuestLink(NamedTuple):
     index: int
     events: socket.socket  # netlink: changes to interfaces there
     tables: dict[str, int]  # of its sockets (auto_forwards.open_tables())
+    second: int  # the second interface's tap, or -1
 
     def close(self) -> None:
-        """The link and the tables; a session has its own by now."""
-        for fd in (self.fd, *self.tables.values()):
-            os.close(fd)
+        """The links and the tables; a session has its own by now."""
+        for fd in (self.fd, *self.tables.values(), self.second):
+            if fd >= 0:
+                os.close(fd)
 
 
 class Guest:
@@ -106,8 +112,9 @@ class Guest:
                 raise Stopped(got[0])
             if any(fd == self.line.fileno() for fd, _ in ready):
                 match self.line.recv():
-                    case (Tap(index=index, tables=names), [fd, events, *tables]):
-                        return GuestLink(fd, index, socket.socket(fileno=events), dict(zip(names, tables, strict=True)))
+                    case (Tap(index=index, tables=names, second=two), [fd, events, *more]):
+                        second = more.pop(0) if two else -1
+                        return GuestLink(fd, index, socket.socket(fileno=events), dict(zip(names, more, strict=True)), second)
                     case (Trouble(text=text), _):
                         raise GuestError(text)
                     case None:
@@ -154,10 +161,47 @@ def _pid_file(path: str) -> Iterator[None]:
             Path(path).unlink(missing_ok=True)
 
 
-def _session(settings: Settings, tap: GuestLink, gone: Callable[[], None]) -> Session:
+class HostSide:
+    """The second NIC's host side, as long as there is no session that has it; nothing without --nic2."""
+
+    def __init__(self, settings: Settings, stack: contextlib.ExitStack) -> None:
+        """Opens it; what is open is closed with the stack. Raises HostSideError."""
+        self.spec = settings.second_nic()
+        self.host: Host | None = None
+        if self.spec is None:
+            return
+        self.mac = mac = Mac(self.spec.mac, settings.session)
+        stack.callback(mac.close)
+        self.backend = backend_for(self.spec, settings.nic2_routes(), mac.text, warn=say)
+        stack.callback(self.backend.close)
+        self.host = self.backend.open()
+
+    def interface(self) -> Second | None:
+        """What the guest is to have."""
+        if self.spec is None or self.host is None:
+            return None
+        return Second(name=self.spec.ifname or SECOND_IFNAME, mac=self.host.facts.mac, mtu=self.host.facts.mtu)
+
+    def leave(self) -> None:
+        """In a forked child: none of it is the guest's side's business, and a lock held there would outlive us."""
+        if self.host is not None:
+            self.mac.close()
+            for fd in (self.host.fd, self.host.dhcp):
+                if fd >= 0:
+                    os.close(fd)
+
+    def second_nic(self, fd: int) -> SecondNic | None:
+        """For the session; fd: the guest's tap."""
+        if self.spec is None or self.host is None:
+            return None
+        link = Link(fd=fd, kind="tap", vnet=True, name=self.spec.ifname or SECOND_IFNAME)
+        return SecondNic(link, self.backend, self.host, storm=self.spec.storm)
+
+
+def _session(settings: Settings, tap: GuestLink, host: HostSide, gone: Callable[[], None]) -> Session:
     """A session on the tap; gone: what to do when the interface is removed."""
     link = Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname, tables=tap.tables)
-    session = Session(settings, link=link, log=say if settings.debug else None, warn=say,
+    session = Session(settings, link=link, nic2=host.second_nic(tap.second), log=say if settings.debug else None, warn=say,
                       name=settings.session or str(os.getpid()))
 
     def changed() -> None:
@@ -194,6 +238,11 @@ def _invite(session: Session, what: str) -> None:
     """Say how to take the seats that --hold left empty."""
     if text := session.seats.invitation():
         say(f"{text}\nringnet: {what} when every held seat was taken once")
+
+def _tell_address(session: Session, c: Configured) -> None:
+    """Routes into the guest go by the address of its second interface."""
+    if session.nic2 is not None and c.second and (wrong := session.nic2.guest_is(c.second)):
+        say(wrong)
 
 
 def _report(settings: Settings, session: Session) -> None:
@@ -271,9 +320,16 @@ class Run:
         with Signals(*SIGNALS) as signals, contextlib.ExitStack() as stack:
             self.signals = signals
 
+            try:
+                host = HostSide(s, stack)
+            except HostSideError as e:
+                say(str(e))
+                return int(Exit.RUNTIME)
+
             def body(ours: socket.socket, theirs: socket.socket) -> None:
                 ours.close()
-                guest(theirs, s.ifname, s.mtu, self.argv, ignored)
+                host.leave()
+                guest(theirs, s.ifname, s.mtu, self.argv, ignored, host.interface())
 
             stack.callback(_reclaim_terminal)
             self.guest = Guest(body)
@@ -283,7 +339,7 @@ class Run:
                 stack.callback(tap.events.close)
                 with contextlib.closing(tap):
                     # Without its interface the command is cut off, but it lives on: it may have meant it.
-                    self.session = _session(s, tap, lambda: None if s.quiet else say(f"{s.ifname} was removed"))
+                    self.session = _session(s, tap, host, lambda: None if s.quiet else say(f"{s.ifname} was removed"))
                     self.session.watch(signals.fileno(), self._signalled)
                     self.session.watch(self.guest.line.fileno(), self._heard)
                     self.session.start()
@@ -342,6 +398,7 @@ class Run:
                 self.session.end(text, Exit.RUNTIME)
 
     def _configured(self, c: Configured) -> None:
+        _tell_address(self.session, c)
         if self.settings.debug:
             say(f"guest has {c.address}, router {c.router}, DNS {' '.join(c.dns)}")
         if c.note and not self.settings.quiet:
@@ -384,13 +441,18 @@ class Attach:
             try:
                 target = open_target(self.text)
                 stack.callback(os.close, target.netns)
-                self.guest = Guest(lambda ours, theirs: attach_child(ours, theirs, target, s.ifname, s.mtu,
-                                                                     self.config_net))
+                host = HostSide(s, stack)
+
+                def body(ours: socket.socket, theirs: socket.socket) -> None:
+                    host.leave()
+                    attach_child(ours, theirs, target, s.ifname, s.mtu, self.config_net, host.interface())
+
+                self.guest = Guest(body)
                 stack.callback(self.guest.end)
                 tap = self.guest.tap(signals)
                 stack.callback(tap.events.close)
                 with contextlib.closing(tap):
-                    self.session = _session(s, tap, lambda: self.session.end(
+                    self.session = _session(s, tap, host, lambda: self.session.end(
                         f"interface {s.ifname} was removed from the guest's namespace", Exit.RUNTIME))
                     self.session.watch(signals.fileno(), self._signalled)
                     if target.pidfd >= 0:
@@ -408,7 +470,7 @@ class Attach:
                 result = self.session.run()
             except Stopped:
                 return int(Exit.OK)
-            except (GuestError, SessionError) as e:
+            except (GuestError, HostSideError, SessionError) as e:
                 code = getattr(e, "code", Exit.RUNTIME)
                 if code is not Exit.OK:  # else a signal or the exit descriptor ended the start
                     say(str(e))
@@ -440,9 +502,12 @@ class Attach:
         got: tuple[Said, list[int]] | None = self.guest.line.recv()
         self.session.unwatch(self.guest.line.fileno())
         match got:
-            case (Configured(address=address, router=router), _):
+            case (Configured(address=address, router=router, note=note) as c, _):
+                _tell_address(self.session, c)
                 if self.settings.debug:
                     say(f"{self.settings.ifname} has {address}, router {router}")
+                if note and not self.settings.quiet:
+                    say(note)
                 self._ready()
             case (Trouble(text=text), _):
                 self.session.end(text, Exit.RUNTIME)

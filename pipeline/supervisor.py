@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -73,6 +73,9 @@ from shm.flows import Flows
 from shm.memory import SharedObject
 from shm.names import Names
 from shm.ring import Ring
+
+if TYPE_CHECKING:
+    from pipeline.second_nic import SecondNic
 
 LINK_BUFFER = 8 << 20  # bytes each way on a datagram link: 93 frames queue at the default, 7282 at this
 _TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h: _IOW('T', 208, unsigned int)
@@ -273,14 +276,15 @@ class Session:
     called by a thread that lives as long as the session: the stages die with it (PR_SET_PDEATHSIG).
     """
 
-    def __init__(self, settings: Settings, *, link: Link, topology: Topology = TOPOLOGY,
+    def __init__(self, settings: Settings, *, link: Link, nic2: SecondNic | None = None, topology: Topology = TOPOLOGY,
                  deadlines: Deadlines = Deadlines(), log: Callable[[str], None] | None = None,
                  warn: Callable[[str], None] | None = None, name: str = "") -> None:
         """name: what the session is called in commands that are printed."""
         self.settings = settings
         self.name = name
         self.link = link
-        self.topology = topology.only(frozenset({Feature.NIC1})).validate(max_stages=8)
+        parts = {Feature.NIC1, Feature.NIC2} if nic2 is not None else {Feature.NIC1}
+        self.topology = topology.only(frozenset(parts)).validate(max_stages=8)
         self.deadlines = deadlines
         self._log = log or (lambda text: None)
         self._warn = warn or (lambda text: print(f"ringnet: {text}", file=sys.stderr))
@@ -304,6 +308,9 @@ class Session:
         self._configs: dict[str, dict[str, Any]] = {}
         self._level: Level | None = None  # set while it runs
         self.seats = Seats(self, settings.hold, settings.restarts)
+        self.nic2 = nic2
+        if nic2 is not None:
+            nic2.attach(self)
         self.listeners: list[Callable[[api.Event], None]] = []  # told what happens, by whoever makes it happen
 
     # -- as a context
@@ -406,8 +413,7 @@ class Session:
 
     def _hear(self, child: Child) -> None:
         """Read all a stage said."""
-        assert child.channel is not None
-        while True:
+        while child.channel is not None:
             try:
                 got = child.channel.recv()
             except BlockingIOError:
@@ -452,7 +458,7 @@ class Session:
         name = child.decl.name
         if self._request and isinstance(message, Ended):
             return  # a SIGTERM to the whole process group: it ended before it was asked to
-        if self._up and (child.decl.restart or name in self.seats.held):
+        if self._up and (child.decl.restart or name in self.seats.held or self._is_optional(child)):
             return  # what becomes of its seat is seen when the process is gone
         if isinstance(message, Failed):
             if was in (State.SPAWNED, State.GREETED, State.CONFIGURED, State.READY, State.STARTING):
@@ -466,7 +472,18 @@ class Session:
         seen = {n: v for n, v in self.counters(child.decl.name).items() if v}
         return "last counters: " + (", ".join(f"{n}={v}" for n, v in seen.items()) or "all zero")
 
+    def _is_optional(self, child: Child) -> bool:
+        """Does the session go on without it? NIC2's, once all were running."""
+        return self._up and child.decl.feature is Feature.NIC2
+
+    def _optional_failed(self, child: Child, reason: str) -> None:
+        if self.nic2 is not None and self.nic2.running:  # else it is being started or stopped, and that is looked after
+            self.nic2.failed(f"{reason}; {self._last(child)}")
+
     def _fail(self, child: Child, why: str) -> None:
+        if self._is_optional(child):
+            self._optional_failed(child, f"stage {child.decl.name}: {why}")
+            return
         code = Exit.STAGE_FAILED if self._up else Exit.NOT_READY
         self._set_failure(code, f"stage {child.decl.name}: {why}")
 
@@ -494,7 +511,10 @@ class Session:
         self._changed(child)
         if child.state is State.VACANT or self._request and child.status == -signal.SIGTERM:
             return  # a SIGTERM: as above, before it had a handler
-        if was is State.ENDED and child.said is not None and not self._request and not self._stopping:
+        if self._is_optional(child):
+            if was is not State.CANCELLED:
+                self._optional_failed(child, f"stage {child.decl.name} ended: {self._how(child)}")
+        elif was is State.ENDED and child.said is not None and not self._request and not self._stopping:
             code = Exit.STAGE_FAILED if isinstance(child.said, Failed) else Exit.STAGE_DIED
             verb = "failed" if isinstance(child.said, Failed) else "ended"
             self._set_failure(code, f"stage {child.decl.name} {verb}: {self._how(child)}"
@@ -674,6 +694,41 @@ class Session:
         except BlockingIOError:
             self._fail(child, "does not read its control messages")
 
+    # -- one stage alone, for the second NIC (pipeline/second_nic.py)
+
+    def warn(self, text: str) -> None:
+        self._warn(text)
+
+    def attend(self, child: Child, *, ended: bool) -> None:
+        """Take what a stage said, and, if its pidfd told so, its end."""
+        if child.channel is not None:
+            self._hear(child)
+        if ended and child.alive:
+            self._reap(child)
+
+    def spawn_again(self, child: Child) -> None:
+        """Start a successor of a stage that is gone, with the same rings; its messages move it on. Raises SessionError."""
+        child.generation += 1
+        self._spawn(child)
+        self._changed(child)
+
+    def send(self, child: Child, message: Message) -> None:
+        self._send(child, message)
+
+    def signal(self, child: Child, signum: int) -> None:
+        self._signal(child, signum)
+
+    def granted(self, name: str) -> int:
+        """A descriptor that stages are granted, or -1."""
+        return self._extras.get(name, -1)
+
+    def grant(self, name: str, fd: int) -> None:
+        """Have another descriptor for it, ours to close from here on; -1: none."""
+        if (old := self._extras.pop(name, -1)) >= 0:
+            os.close(old)
+        if fd >= 0:
+            self._extras[name] = fd
+
     # -- start
 
     def start(self) -> None:
@@ -692,8 +747,9 @@ class Session:
             self._until(State.GREETED, d.hello, "Hello", sinks_first)
             dns_path = self._dns.getsockname()[1:].decode() if self._dns else ""
             try:
-                self._configs = configs = stage_configs(self.settings, link_kind=self.link.kind, vnet=self.link.vnet,
-                                        dns_path=dns_path)
+                self._configs = configs = stage_configs(
+                    self.settings, link_kind=self.link.kind, vnet=self.link.vnet, dns_path=dns_path,
+                    second=self.nic2.stage_facts() if self.nic2 is not None else None)
             except ConfigError as e:  # a proxy's name does not resolve
                 raise SessionError(Exit.RUNTIME, str(e)) from e
             for child in sinks_first:
@@ -714,6 +770,8 @@ class Session:
             self.started_at = time.monotonic()
             if autos := self.settings.auto_forwards():
                 self._follower = Follower(self, autos, self.link.tables, self.settings.network, self._warn)
+            if self.nic2 is not None:
+                self.nic2.started()
         except BaseException:
             if forwards is not None:
                 forwards.abort()
@@ -753,6 +811,8 @@ class Session:
         if self.link.kind == "dgram":
             self._widen(link)
             self._watch_link(link)
+        if self.nic2 is not None:
+            self._extras |= self.nic2.grants()
         wanted = {name for c in self.children for name in c.decl.fds}
         if "pcap" in wanted and self.settings.pcap:
             self._extras["pcap"] = self._open_pcap(self.settings.pcap)
@@ -886,6 +946,8 @@ class Session:
             for child in self.children:  # sources first
                 self._cancel([child], d.drain)
         self._cancel(self.children, d.drain_failed)
+        if self.nic2 is not None:
+            self.nic2.close()
         code, reason = failed or self._failure or self._request or (Exit.OK, "stopped")
         self.result = Result(code=code, reason=reason, stages={c.decl.name: self._stage_end(c) for c in self.children
                                                                if c.pid})

@@ -146,14 +146,14 @@ class Topology(Struct, frozen=True, kw_only=True):
 TOPOLOGY = Topology(
     stages=(
         Stage(name="guest_tx", does="reads the frames the guest sends", small=2048, large=128,
-              fds=("link", "pcap"), source=True, restart=True),
+              fds=("link", "link2", "pcap"), source=True, restart=True),
         Stage(name="classify", does="checks, dispatches, answers ARP, reassembles fragments", small=256, large=32,
               restart=True),
         Stage(name="egress", does="TCP bridge, UDP and ICMP proxies over host sockets", small=2048, large=128,
               fds=("raw_icmp",), flows=True, names="read"),
         Stage(name="services", does="DHCP server, DNS forwarder, hosts table", small=128, large=16,
               fds=("dns_listen",), names="write", restart=True),
-        Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "pcap"), restart=True),
+        Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "link2", "pcap"), restart=True),
         Stage(name="vmnet", does="relays NIC2's frames to a host bridge", feature=Feature.NIC2, small=512, large=64,
               fds=("bridge",), source=True),
     ),

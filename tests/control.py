@@ -69,6 +69,7 @@ class FakeSession:
         self.memory = FakeMemory()
         self.result = None
         self.ending = False
+        self.nic2 = None
         self.level = ""
         self.hold = False
         self.asks: deque[tuple[str, Ask, Callable[[str], None]]] = deque()

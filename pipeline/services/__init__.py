@@ -24,7 +24,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from pipeline.messages import HostsChange, Leased, Notices
+from pipeline.messages import HostsChange, Leased, Nic2Dhcp, Notices
+from pipeline.services.bridge import BridgeDhcp
 from pipeline.services.dhcp import DhcpServer, Lease, config_from
 from pipeline.services.dns import DnsForwarder
 from pipeline.services.hosts import Address, HostsTable
@@ -107,7 +108,7 @@ class Services:
                  wall_clock: Callable[[], float] = time.time, names: NamesWriter | None = None) -> None:
         self.stage = stage
         self.loop = loop
-        self._count = counter_sink(stage)
+        self.count = counter_sink(stage)
         conf = ffi.new("struct services_config *", {"mtu": cfg.mtu, "seed": secrets.randbits(16)})
         if lib.stage_services_init(stage, conf) < 0:
             raise StageError(ffi.string(lib.rn_stage_error(stage)).decode())
@@ -119,7 +120,7 @@ class Services:
             config_from(gateway4=cfg.gateway4, prefix=cfg.prefix, guest4=cfg.guest4, pool_start=cfg.pool_start,
                         pool_end=cfg.pool_end, mtu=cfg.mtu, domain=cfg.domain, search=cfg.search,
                         lease_s=cfg.lease_s, lease_file=cfg.lease_file),
-            clock=wall_clock, count=self._count, leased=self._leased)
+            clock=wall_clock, count=self.count, leased=self._leased)
         self.hosts = HostsTable(domain=cfg.domain, gateway=self._gateway, network=self.dhcp.config.network)
         for name, addresses in cfg.hosts.items():
             self.hosts.set(name, [ipaddress.ip_address(a) for a in addresses])
@@ -129,7 +130,7 @@ class Services:
         self._rate = Bucket(NOTICE_RATE, NOTICE_BURST, loop.clock)
         self._lost = 0
         self._names = names if cfg.learn_names else None
-        self.dns = DnsForwarder(loop, self.hosts, count=self._count, learn=self._learn if self._names else None)
+        self.dns = DnsForwarder(loop, self.hosts, count=self.count, learn=self._learn if self._names else None)
         self._watcher: ResolvWatcher | None = None
         if cfg.dns:
             self.dns.set_upstreams([Upstream.parse(text) for text in cfg.dns])
@@ -223,7 +224,7 @@ class Services:
 
                 self.dns.query(payload, answer, who=(src, port))
             else:
-                self._count("drop_services_port")
+                self.count("drop_services_port")
         return True
 
     def send(self, payload: bytes, dst: bytes, dst_port: int, dst_mac: bytes, src_port: int, src: bytes) -> int:
@@ -268,7 +269,9 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
             if (end := ctx.handle_control()) is not None:
                 ended.append(end)
 
-        ctx.handlers |= {HostsChange: services.change_hosts, Notices: services.set_notices}
+        nic2 = BridgeDhcp(loop, services.count)
+        stack.callback(nic2.close)
+        ctx.handlers |= {HostsChange: services.change_hosts, Notices: services.set_notices, Nic2Dhcp: nic2.serve}
         services.tell = ctx.notice
         loop.watch(ctx.control_fileno(), READ, on_control)
         if ctx.wake >= 0:

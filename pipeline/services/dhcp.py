@@ -102,7 +102,7 @@ class State(enum.StrEnum):
 
 
 class DhcpConfig(Struct, frozen=True, kw_only=True):
-    server: IPv4Address  # also router and DNS server
+    server: IPv4Address  # also router and DNS server, unless:
     network: IPv4Network
     first: IPv4Address  # the first lease, if nothing speaks against it
     pool_start: IPv4Address
@@ -115,6 +115,8 @@ class DhcpConfig(Struct, frozen=True, kw_only=True):
     quarantine_s: int = 86400
     authoritative: bool = True  # see "Departure" above
     lease_file: str = ""  # "": memory only
+    router: bool = True  # clients are told a default route through it
+    resolver: bool = True  # they are told to ask it for names
 
 
 class Lease(Struct, kw_only=True):
@@ -520,13 +522,15 @@ class DhcpServer:
         cfg = self.config
         have: dict[int, bytes] = {
             Opt.SUBNET_MASK: cfg.network.netmask.packed,
-            Opt.ROUTER: cfg.server.packed,
-            Opt.DNS: cfg.server.packed,
             Opt.MTU: struct.pack("!H", cfg.mtu),
             Opt.BROADCAST: cfg.network.broadcast_address.packed,
-            # RFC 3442: a client that takes 121 ignores 3, so the default route stands in it too.
-            Opt.ROUTES: encode_routes(((IPv4Network("0.0.0.0/0"), cfg.server),)),
         }
+        if cfg.router:
+            have[Opt.ROUTER] = cfg.server.packed
+            # RFC 3442: a client that takes 121 ignores 3, so the default route stands in it too.
+            have[Opt.ROUTES] = encode_routes(((IPv4Network("0.0.0.0/0"), cfg.server),))
+        if cfg.resolver:
+            have[Opt.DNS] = cfg.server.packed
         if cfg.domain:
             have[Opt.DOMAIN_NAME] = cfg.domain.encode("ascii", "ignore")
         if search := encode_search(cfg.search):

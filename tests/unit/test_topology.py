@@ -55,7 +55,7 @@ def test_who_may_ring_whom(topo: Topology) -> None:
 
 def test_who_holds_what() -> None:
     holders = {fd: [s.name for s in TOPOLOGY.stages if fd in s.fds] for s in TOPOLOGY.stages for fd in s.fds}
-    assert holders == {"link": ["guest_tx", "guest_rx"], "pcap": ["guest_tx", "guest_rx"], "raw_icmp": ["egress"],
+    assert holders == {"link": ["guest_tx", "guest_rx"], "link2": ["guest_tx", "guest_rx"], "pcap": ["guest_tx", "guest_rx"], "raw_icmp": ["egress"],
                        "dns_listen": ["services"], "bridge": ["vmnet"]}
     assert [s.name for s in TOPOLOGY.stages if s.flows] == ["egress"]
 
