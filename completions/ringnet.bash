@@ -11,12 +11,12 @@ _ringnet() {
 			continue
 		fi
 		case "$path|$w" in
-		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--policy" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--nic2" | "run|--route" | "run|--seed" | "run|--impair" | "run|--hold" | "run|--restarts")
+		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--policy" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--nic2" | "run|--route" | "run|--seed" | "run|--impair" | "run|--hold" | "run|--restarts" | "run|--postmortem")
 			skip=1
 			option=$w
 			continue
 			;;
-		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--policy" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--nic2" | "attach|--route" | "attach|--seed" | "attach|--impair" | "attach|--hold" | "attach|--restarts")
+		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--policy" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--nic2" | "attach|--route" | "attach|--seed" | "attach|--impair" | "attach|--hold" | "attach|--restarts" | "attach|--postmortem")
 			skip=1
 			option=$w
 			continue
@@ -121,6 +121,51 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"ctl pause|-s" | "ctl pause|--session" | "ctl pause|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl step|-s" | "ctl step|--session" | "ctl step|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl resume|-s" | "ctl resume|--session" | "ctl resume|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl impair|-s" | "ctl impair|--session" | "ctl impair|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl impair set|-s" | "ctl impair set|--session" | "ctl impair set|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl impair ls|-s" | "ctl impair ls|--session" | "ctl impair ls|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl impair rm|-s" | "ctl impair rm|--session" | "ctl impair rm|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl latency|-s" | "ctl latency|--session" | "ctl latency|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl dump|-s" | "ctl dump|--session" | "ctl dump|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
 		"ctl log|-s" | "ctl log|--session" | "ctl log|--api-socket")
 			skip=1
 			option=$w
@@ -146,9 +191,19 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"explain|-s" | "explain|--session" | "explain|--api-socket" | "explain|-n" | "explain|--last")
+			skip=1
+			option=$w
+			continue
+			;;
+		"postmortem|-n" | "postmortem|--last")
+			skip=1
+			option=$w
+			continue
+			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "completion" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "explain" | "postmortem" | "completion" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -202,6 +257,24 @@ _ringnet() {
 		"ctl hold|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		"ctl release|-s" | "ctl release|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
 		"ctl release|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl pause|-s" | "ctl pause|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl pause|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl step|-s" | "ctl step|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl step|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl resume|-s" | "ctl resume|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl resume|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl impair|-s" | "ctl impair|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl impair|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl impair set|-s" | "ctl impair set|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl impair set|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl impair ls|-s" | "ctl impair ls|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl impair ls|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl impair rm|-s" | "ctl impair rm|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl impair rm|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl latency|-s" | "ctl latency|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl latency|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+		"ctl dump|-s" | "ctl dump|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"ctl dump|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		"ctl log|-s" | "ctl log|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
 		"ctl log|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		"ctl events|-s" | "ctl events|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
@@ -213,15 +286,17 @@ _ringnet() {
 		"capture|-s" | "capture|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
 		"capture|--api-socket" | "capture|-w" | "capture|--write") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		"capture|--proto") mapfile -t COMPREPLY < <(compgen -W "tcp udp icmp" -- "$cur") ;;
+		"explain|-s" | "explain|--session") mapfile -t COMPREPLY < <(compgen -W "$(_ringnet_sessions)" -- "$cur") ;;
+		"explain|--api-socket") mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
 		esac
 		return
 	fi
 	case "$path" in
-	"") mapfile -t COMPREPLY < <(compgen -W "run attach demo ctl capture completion stage -h --help --version" -- "$cur") ;;
-	"run") mapfile -t COMPREPLY < <(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur") ;;
-	"attach") mapfile -t COMPREPLY < <(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --seed --impair --hold --restarts --stats -q --quiet -d --debug" -- "$cur") ;;
+	"") mapfile -t COMPREPLY < <(compgen -W "run attach demo ctl capture explain postmortem completion stage -h --help --version" -- "$cur") ;;
+	"run") mapfile -t COMPREPLY < <(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur") ;;
+	"attach") mapfile -t COMPREPLY < <(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur") ;;
 	"demo") mapfile -t COMPREPLY < <(compgen -W "" -- "$cur") ;;
-	"ctl") mapfile -t COMPREPLY < <(compgen -W "ls status stages statistics forward hosts flows close policy hold release log events cancel start -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl") mapfile -t COMPREPLY < <(compgen -W "ls status stages statistics forward hosts flows close policy hold release pause step resume impair latency dump log events cancel start -h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl ls") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl status") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl stages") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
@@ -241,11 +316,22 @@ _ringnet() {
 	"ctl policy") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl hold") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl release") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl pause") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl step") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl resume") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl impair") mapfile -t COMPREPLY < <(compgen -W "set ls rm -h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl impair set") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl impair ls") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl impair rm") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl latency") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
+	"ctl dump") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl log") mapfile -t COMPREPLY < <(compgen -W "error warning info debug -h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl events") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket --json --count" -- "$cur") ;;
 	"ctl cancel") mapfile -t COMPREPLY < <(compgen -W "nic1 nic2 -h --help -s --session --api-socket --json" -- "$cur") ;;
 	"ctl start") mapfile -t COMPREPLY < <(compgen -W "nic2 -h --help -s --session --api-socket --json" -- "$cur") ;;
 	"capture") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket -w --write --host --port --proto --flow --drops --snaplen -c --count --file-size --files --buffer -q --quiet" -- "$cur") ;;
+	"explain") mapfile -t COMPREPLY < <(compgen -W "-h --help -s --session --api-socket -n --last --json" -- "$cur") ;;
+	"postmortem") mapfile -t COMPREPLY < <(compgen -W "-h --help -n --last --json" -- "$cur") ;;
 	"completion") mapfile -t COMPREPLY < <(compgen -W "bash zsh -h --help" -- "$cur") ;;
 	"stage") mapfile -t COMPREPLY < <(compgen -W "-h --help" -- "$cur") ;;
 	esac

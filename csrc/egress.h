@@ -169,6 +169,11 @@ int eg_rewatch(struct egress *e, uint32_t i, uint32_t events); /* EPOLL_CTL_MOD:
 void eg_close_fd(struct egress *e, uint32_t i);
 /* One timer a flow: fires the protocol's *_timer at or after @at (ns); UINT64_MAX takes it away. */
 void eg_timer(struct egress *e, uint32_t i, uint64_t at);
+/* Count something that happened to flow @i, and note it in the log (rn_event.h). */
+void eg_count(struct egress *e, uint32_t i, uint32_t counter);
+/* The same where there is no flow: by the addresses. */
+void eg_count_of(struct egress *e, uint32_t counter, uint8_t proto, const uint8_t guest[16], uint16_t gport,
+		 const uint8_t peer[16], uint16_t pport);
 /* May another host socket be opened? */
 static inline int eg_fd_room(const struct egress *e)
 {

@@ -318,6 +318,7 @@ struct rn_buf *rn_buf_alloc(struct rn_pool *p, enum rn_buf_class cls)
 	b->part = (uint16_t)p->part;
 	b->cls = (uint16_t)cls;
 	b->gen++;
+	b->first_ns = 0;
 	atomic_store_explicit(&b->holder, p->me + 1, memory_order_relaxed);
 	return b;
 }

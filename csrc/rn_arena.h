@@ -53,7 +53,11 @@ struct rn_buf {
 	uint16_t part;
 	uint16_t cls;
 	struct rn_meta meta;
-	uint8_t reserved[RN_BUF_HLEN - 32];
+	/* A sampled frame's stamps (rn_stage.c), CLOCK_MONOTONIC ns: when it left the stage that wrote it, and the last
+	 * one; first_ns 0: not sampled. */
+	uint64_t first_ns, last_ns;
+	uint8_t first_row, last_row;
+	uint8_t reserved[RN_BUF_HLEN - 50];
 };
 _Static_assert(sizeof(struct rn_meta) == 16, "fits the header line");
 _Static_assert(sizeof(struct rn_buf) == RN_BUF_HLEN, "one line in front of each frame");

@@ -127,3 +127,11 @@ int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_vie
 	memcpy(out->peer_addr, f->peer_addr, sizeof(out->peer_addr));
 	return 0;
 }
+
+void rn_flows_redact(void *copy, uint64_t size)
+{
+	struct rn_flows *flows = copy;
+
+	if (size >= sizeof(*flows))
+		memset(flows->secret, 0, sizeof(flows->secret));
+}

@@ -94,6 +94,8 @@ struct rn_flow_view { /* one entry, for the monitor */
 	uint32_t gen; /* counts uses of the entry: with its index it names this flow and no later one */
 };
 uint32_t rn_flows_count(const void *mem);
+/* Take the secrets out of a copy that leaves the session. */
+void rn_flows_redact(void *copy, uint64_t size);
 /* First entry in use from @i on; rn_flows_count() or more: none. */
 uint32_t rn_flows_next(const void *mem, uint64_t size, uint32_t i);
 /* 0, -ENOENT if entry @i is free, -EINVAL if there is none. */

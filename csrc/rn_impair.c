@@ -57,6 +57,7 @@ struct rn_impair {
 	uint64_t last_due; /* of the last frame queued */
 	uint64_t queued;   /* frames ever put on the due queue in their own turn */
 	int bad;	   /* the wire, in a burst */
+	uint64_t first;	   /* stat.in when this spec began: its frame 0 */
 };
 
 /* splitmix64 (Steele, Lea, Flood 2014), output number @i of seed @seed. */
@@ -130,6 +131,25 @@ struct rn_impair *rn_impair_new(const struct rn_impair_spec *spec, uint64_t now_
 	im->due.end = &im->due.head;
 	im->late.end = &im->late.head;
 	return im;
+}
+
+int rn_impair_change(struct rn_impair *im, const struct rn_impair_spec *spec, uint64_t now_ns)
+{
+	if (rn_impair_check(spec))
+		return -EINVAL;
+	im->spec = *spec;
+	im->start_ns = now_ns;
+	im->first = im->stat.in;
+	im->bad = 0;
+	return 0;
+}
+
+int rn_impair_idle(const struct rn_impair *im)
+{
+	const struct rn_impair_spec *s = &im->spec;
+
+	return !im->stat.held && !(s->drop | s->burst_enter | s->dup | s->reorder | s->corrupt | s->truncate | s->delay_ns |
+				   s->stall_ns);
 }
 
 static void empty(struct queue *q)
@@ -262,7 +282,7 @@ int rn_impair_feed(struct rn_impair *im, uint64_t now_ns, const uint8_t *vnet_th
 		   uint16_t flags, const void *side)
 {
 	const struct rn_impair_spec *s = &im->spec;
-	uint64_t n = im->stat.in++;
+	uint64_t n = im->stat.in++ - im->first;
 	struct item *it, *twin = NULL;
 	int did = lost(im, n);
 

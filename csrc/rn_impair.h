@@ -54,6 +54,9 @@ int rn_impair_check(const struct rn_impair_spec *spec);
 /* @now_ns: CLOCK_MONOTONIC, where the stall's period begins. NULL: @spec is wrong, or out of memory. */
 struct rn_impair *rn_impair_new(const struct rn_impair_spec *spec, uint64_t now_ns);
 void rn_impair_free(struct rn_impair *im); /* with what it holds */
+/* From now on another @spec, as if new; what is held keeps its time. 0, or -EINVAL. */
+int rn_impair_change(struct rn_impair *im, const struct rn_impair_spec *spec, uint64_t now_ns);
+int rn_impair_idle(const struct rn_impair *im); /* 1: it does nothing to frames, and holds none */
 void rn_impair_stat(const struct rn_impair *im, struct rn_impair_stat *out);
 
 /* May a frame be fed, may one come out? 0 in a stall, or (feeding only) when it holds its limit. */

@@ -117,3 +117,31 @@ uint64_t rn_counter_read(const void *mem, uint64_t size, uint32_t row, uint32_t 
 		return 0;
 	return atomic_load_explicit(&session->cells[row].counters[i], memory_order_relaxed);
 }
+
+/* Bucket 2k holds [2^(k+8), 1.5 * 2^(k+8)), bucket 2k + 1 the rest of the octave; the first holds everything below. */
+uint32_t rn_latency_bucket(uint64_t ns)
+{
+	uint32_t octave, b;
+
+	if (ns < 256)
+		return 0;
+	octave = 63 - (uint32_t)__builtin_clzll(ns);
+	b = 2 * (octave - 8) + (uint32_t)(ns >> (octave - 1) & 1) + 1;
+	return b < RN_LATENCY_BUCKETS ? b : RN_LATENCY_BUCKETS - 1;
+}
+
+uint64_t rn_latency_bound(uint32_t b)
+{
+	if (b >= RN_LATENCY_BUCKETS - 1)
+		return UINT64_MAX;
+	return b % 2 ? 384ull << (b / 2) : 256ull << (b / 2);
+}
+
+uint64_t rn_latency_read(const void *mem, uint64_t size, uint32_t from, uint32_t to, uint32_t b)
+{
+	const struct rn_session *session = mem;
+
+	if (from >= RN_STAGES_MAX || to >= RN_STAGES_MAX || b >= RN_LATENCY_BUCKETS || rn_session_check(mem, size))
+		return 0;
+	return atomic_load_explicit(&session->latency[to][from].bucket[b], memory_order_relaxed);
+}

@@ -7,6 +7,7 @@
 #ifndef RN_SESSION_H
 #define RN_SESSION_H
 
+#include "rn_event.h"
 #include "rn_layout.h"
 
 /* CFFI BEGIN */
@@ -16,8 +17,13 @@ enum rn_stage_state {
 	RN_ST_RUNNING,
 	RN_ST_DRAINING, /* sources closed, emptying its rings */
 	RN_ST_ENDED,
-	RN_ST_FAILED
+	RN_ST_FAILED,
+	RN_ST_PAUSED /* told to take no frame: rn_stage_pace() */
 };
+/* CFFI END */
+
+/* CFFI BEGIN */
+#define RN_LATENCY_BUCKETS 64 /* half octaves from 256 ns on: the last begins at 9 minutes */
 /* CFFI END */
 
 /* Every counter, declared once in rn_metrics.def. */
@@ -41,10 +47,17 @@ struct rn_cell {
 };
 _Static_assert(offsetof(struct rn_cell, counters) == RN_CACHE_LINE, "identity line, then counters");
 
+/* How long frames took to a stage, from another: bucket b counts those of less than rn_latency_bound(b) ns. */
+struct rn_latency {
+	_Atomic uint64_t bucket[RN_LATENCY_BUCKETS];
+};
+
 struct rn_session {
 	uint32_t magic, version;
 	uint32_t nstages, ncounters;
 	alignas(RN_CACHE_LINE) struct rn_cell cells[RN_STAGES_MAX];
+	struct rn_event_log log[RN_STAGES_MAX];
+	alignas(RN_CACHE_LINE) struct rn_latency latency[RN_STAGES_MAX][RN_STAGES_MAX]; /* [to][from] */
 };
 
 /* CFFI BEGIN */
@@ -66,5 +79,9 @@ const char *rn_counter_stage(uint32_t i);
 const char *rn_counter_unit(uint32_t i);
 const char *rn_counter_help(uint32_t i);
 uint64_t rn_counter_read(const void *session, uint64_t size, uint32_t row, uint32_t i);
+/* Sampled frames that came to stage @to within bucket @b after they left stage @from. */
+uint64_t rn_latency_read(const void *session, uint64_t size, uint32_t from, uint32_t to, uint32_t b);
+uint32_t rn_latency_bucket(uint64_t ns);
+uint64_t rn_latency_bound(uint32_t b); /* ns; UINT64_MAX for the last bucket */
 /* CFFI END */
 #endif

@@ -18,6 +18,7 @@
 #include "rn_stage.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,7 +84,8 @@ struct rn_stage *rn_stage_new(uint32_t row, uint32_t generation)
 		return NULL;
 	s->row = row;
 	s->generation = generation;
-	s->control = -1;
+	s->control = s->wake = -1;
+	s->pace = UINT64_MAX;
 	s->pool.part = -1;
 	for (uint32_t i = 0; i < RN_STAGES_MAX; i++)
 		s->bells[i] = s->pool.bells[i] = -1;
@@ -145,6 +147,7 @@ int rn_stage_set_session(struct rn_stage *s, void *mem, uint64_t size)
 	for (uint32_t i = 0; i < RN_NCOUNTERS; i++)
 		s->c[i] = atomic_load_explicit(&s->cell->counters[i], memory_order_relaxed);
 	s->wakes_before = s->c[RN_C_wakes_sent];
+	rn_trace_begin(s);
 	return 0;
 }
 
@@ -227,6 +230,7 @@ int rn_stage_set_control(struct rn_stage *s, int fd)
 
 int rn_stage_set_wake(struct rn_stage *s, int fd)
 {
+	s->wake = fd;
 	return rn_stage_watch(s, fd, EPOLLIN, RN_EV(RN_TAG_CONTROL, 1));
 }
 
@@ -290,6 +294,28 @@ void rn_stage_state(struct rn_stage *s, int state)
 void rn_stage_drain(struct rn_stage *s)
 {
 	s->draining = 1;
+	s->pace = UINT64_MAX;
+}
+
+void rn_stage_pace(struct rn_stage *s, uint64_t frames)
+{
+	uint64_t at = s->c[RN_C_frames_in];
+
+	if (s->draining)
+		return;
+	s->pace = frames > UINT64_MAX - at ? UINT64_MAX : at + frames;
+	rn_stage_state(s, rn_stage_paused(s) ? RN_ST_PAUSED : RN_ST_RUNNING);
+}
+
+int rn_stage_paused(struct rn_stage *s)
+{
+	return RN_UNLIKELY(s->c[RN_C_frames_in] >= s->pace);
+}
+
+void rn_stage_clock(struct rn_stage *s, uint64_t now_ns)
+{
+	s->clock = now_ns;
+	s->now = rn_stage_now(s);
 }
 
 uint64_t rn_stage_counter(const struct rn_stage *s, uint32_t i)
@@ -335,7 +361,33 @@ static void put(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *e
 	if (RN_UNLIKELY(s->nuntold[role] == RN_UNTOLD))
 		publish(s, (uint32_t)role);
 	s->untold[role][s->nuntold[role]++] = b;
+	rn_trace_stamp(s, b);
 	rn_ring_put(&s->out[role], &d);
+}
+
+int rn_stage_change_impair(struct rn_stage *s, int where, const struct rn_impair_spec *spec)
+{
+	if (where < 0 || where > RN_NROLES || !s->impair[where])
+		return rn_stage_set_impair(s, where, spec);
+	if (rn_impair_change(s->impair[where], spec, rn_stage_now(s)))
+		return rn_fail(s, -EINVAL, "impairment of output %d: a number is out of range", where);
+	return 0;
+}
+
+/* What was told to do nothing, and holds nothing any more, goes. */
+static void impair_tidy(struct rn_stage *s)
+{
+	s->impaired = 0;
+	for (uint32_t i = 0; i <= RN_NROLES; i++) {
+		if (!s->impair[i])
+			continue;
+		if (rn_impair_idle(s->impair[i])) {
+			rn_impair_free(s->impair[i]);
+			s->impair[i] = NULL;
+		} else {
+			s->impaired = 1;
+		}
+	}
 }
 
 int rn_stage_set_impair(struct rn_stage *s, int where, const struct rn_impair_spec *spec)
@@ -344,7 +396,7 @@ int rn_stage_set_impair(struct rn_stage *s, int where, const struct rn_impair_sp
 		return rn_fail(s, -EINVAL, "impairment of output %d: no such output, or given twice", where);
 	if (rn_impair_check(spec))
 		return rn_fail(s, -EINVAL, "impairment of output %d: a number is out of range", where);
-	s->impair[where] = rn_impair_new(spec, rn_now_ns());
+	s->impair[where] = rn_impair_new(spec, rn_stage_now(s));
 	if (!s->impair[where])
 		return rn_fail(s, -ENOMEM, "impairment: out of memory");
 	s->impaired = 1;
@@ -540,8 +592,15 @@ int rn_stage_room(struct rn_stage *s, int role, uint32_t want)
 
 int rn_stage_peek(struct rn_stage *s, uint32_t i, uint32_t max)
 {
-	int n = rn_ring_peek(&s->in[i], max);
+	int n;
 
+	if (RN_UNLIKELY(s->pace != UINT64_MAX)) {
+		uint64_t left = s->pace > s->c[RN_C_frames_in] ? s->pace - s->c[RN_C_frames_in] : 0;
+
+		if (left < max)
+			max = (uint32_t)left;
+	}
+	n = rn_ring_peek(&s->in[i], max);
 	if (RN_UNLIKELY(n < 0)) {
 		bad_input(s, i);
 		return 0;
@@ -557,7 +616,7 @@ int rn_stage_stopped(const struct rn_stage *s)
 
 void rn_stage_begin(struct rn_stage *s)
 {
-	s->now = rn_now_ns();
+	s->now = rn_stage_now(s);
 	s->want_buf = 0;
 	s->hold_input = 0;
 	s->hold_inputs = 0;
@@ -574,10 +633,13 @@ void rn_stage_end(struct rn_stage *s)
 	for (uint32_t i = 0; RN_UNLIKELY(s->impaired) && i < RN_NROLES; i++)
 		if (s->impair[i])
 			impair_flush(s, i);
+	if (RN_UNLIKELY(s->impaired))
+		impair_tidy(s);
 	rn_stage_publish(s);
 	if (RN_UNLIKELY(s->tapped))
 		rn_tap_flush(s);
 	s->c[RN_C_turns]++;
+	rn_trace_counters(s);
 	if (s->want_buf)
 		s->c[RN_C_stalls_buf]++;
 	for (uint32_t i = 0; i < RN_NROLES; i++)
@@ -687,6 +749,29 @@ int rn_stage_impair_wait(const struct rn_stage *s)
 	return timeout_ms(impair_due(s));
 }
 
+uint64_t rn_stage_due(struct rn_stage *s)
+{
+	return s->ops ? deadline(s) : UINT64_MAX;
+}
+
+/* Stand still until a control message or a signal comes; edges of other descriptors are kept for later. */
+static int stand(struct rn_stage *s)
+{
+	struct pollfd fds[2] = { { .fd = s->control, .events = POLLIN }, { .fd = s->wake, .events = POLLIN } };
+
+	rn_stage_state(s, RN_ST_PAUSED);
+	publish_counters(s);
+	if (s->cell)
+		atomic_store_explicit(&s->cell->asleep, 1, memory_order_relaxed);
+	if (poll(fds, 2, -1) < 0 && errno != EINTR) {
+		rn_fail(s, -errno, "poll: %s", strerror(errno));
+		return RN_RUN_ERROR;
+	}
+	if (s->cell)
+		atomic_store_explicit(&s->cell->asleep, 0, memory_order_relaxed);
+	return fds[0].revents | fds[1].revents ? RN_RUN_CONTROL : RN_RUN_SIGNAL;
+}
+
 /* Hand events to the stage, all of them: an edge is told once. 1: control is readable. */
 static int dispatch(struct rn_stage *s, const struct epoll_event *ev, int n)
 {
@@ -726,6 +811,8 @@ int rn_stage_run(struct rn_stage *s)
 	for (;;) {
 		int work, n, err, again = 1;
 
+		if (RN_UNLIKELY(rn_stage_paused(s)))
+			return stand(s);
 		rn_stage_begin(s);
 		work = s->ops->turn(s);
 		rn_stage_end(s);
@@ -778,4 +865,32 @@ int rn_stage_run(struct rn_stage *s)
 		if (RN_UNLIKELY(rn_stage_stopped(s)))
 			return RN_RUN_STOPPED;
 	}
+}
+
+/**
+ * rn_stage_step() - One turn without a loop
+ * @s:		Stage, after its kind's init
+ *
+ * For running a stage on a file: it sleeps for nothing, and with rn_stage_clock() time stands still but for the caller.
+ *
+ * Return: 1 if it did something, 0 if it is idle, a negative errno with rn_stage_error() set.
+ */
+int rn_stage_step(struct rn_stage *s)
+{
+	struct epoll_event ev[EVENTS_MAX];
+	int n = epoll_wait(s->epfd, ev, EVENTS_MAX, 0), did;
+
+	if (!s->ops || !s->ops->turn)
+		return rn_fail(s, -EINVAL, "stage was not initialised");
+	if (n > 0)
+		dispatch(s, ev, n);
+	rn_stage_begin(s);
+	did = s->ops->turn(s);
+	rn_stage_end(s);
+	if (did < 0 || s->broken) {
+		if (!s->error[0])
+			rn_fail(s, did, "turn failed: %s", strerror(-did));
+		return did < 0 ? did : -EPROTO;
+	}
+	return did > 0;
 }

@@ -65,6 +65,7 @@ int rn_stage_recover(struct rn_stage *s);
 int rn_stage_set_impair(struct rn_stage *s, int where, const struct rn_impair_spec *spec);
 /* For a stage whose loop is not in C: frames the bad wires hold, and ms until one wants a look (-1: none). */
 uint64_t rn_stage_impair_held(const struct rn_stage *s);
+int rn_stage_change_impair(struct rn_stage *s, int where, const struct rn_impair_spec *spec); /* set or not so far */
 int rn_stage_impair_wait(const struct rn_stage *s);
 
 /* A capture (rn_tap.h) of the frames at @points (bits of enum rn_tap_point) that match @filter, into the mirror at @mem;
@@ -76,6 +77,15 @@ int rn_tap_stop(struct rn_stage *s, uint32_t id);
 
 void rn_stage_state(struct rn_stage *s, int state); /* publish enum rn_stage_state */
 void rn_stage_drain(struct rn_stage *s);	     /* from now on RN_RUN_DRAINED when idle */
+/* For debugging: take @frames more, then stand still (RN_ST_PAUSED) but for control, until told otherwise.
+ * UINT64_MAX: go on. While it stands, neighbours feel a busy stage. */
+void rn_stage_pace(struct rn_stage *s, uint64_t frames);
+int rn_stage_paused(struct rn_stage *s); /* 1: it stands */
+/* For running a stage on a file: what the stage believes CLOCK_MONOTONIC says, ns; 0: the truth. */
+void rn_stage_clock(struct rn_stage *s, uint64_t now_ns);
+/* One turn without a loop, after looking at its descriptors. 1: it did something, 0: idle, or negative: error is set. */
+int rn_stage_step(struct rn_stage *s);
+uint64_t rn_stage_due(struct rn_stage *s); /* when the loop would wake for a timer, ns; UINT64_MAX: never */
 int rn_stage_run(struct rn_stage *s);		     /* enum rn_run; needs an init of a kind first */
 uint64_t rn_stage_counter(const struct rn_stage *s, uint32_t i);
 void rn_stage_fini(struct rn_stage *s); /* the kind's fini, counters published */
@@ -123,7 +133,7 @@ struct rn_stage {
 	uint8_t broken;		/* a neighbour's counter was impossible: the loop ends, error says which */
 	uint32_t turn_free[2];	/* free buffers by class when the turn began */
 	int bells[RN_STAGES_MAX];
-	int epfd, control;
+	int epfd, control, wake;
 	struct rn_session *session;
 	struct rn_cell *cell;
 	struct rn_impair *impair[RN_NROLES + 1]; /* by role; the last is the link's. NULL: none */
@@ -132,10 +142,54 @@ struct rn_stage {
 	uint32_t tapped;			 /* points somebody captures: bits of enum rn_tap_point */
 	struct rn_taps *taps;			 /* NULL until the first capture */
 	uint64_t now; /* CLOCK_MONOTONIC ns, read once a turn */
+	uint64_t clock; /* ns, or 0: rn_stage_clock() */
+	uint64_t pace;	/* frames_in at which it stands still; UINT64_MAX: never */
 	uint64_t c[RN_NCOUNTERS];
+	/* The log (rn_event.h): of each counter, what was told of it, and how many more may be in this window. */
+	uint64_t told[RN_NCOUNTERS];
+	uint8_t may_tell[RN_NCOUNTERS];
+	uint16_t notable[RN_NCOUNTERS];
+	uint32_t nnotable;
+	uint64_t window_ns;
+	uint32_t samples; /* counts frames, to stamp one in RN_SAMPLE */
 	uint64_t wakes_before; /* doorbells rung by earlier generations */
 	char error[256];
 };
+
+#define RN_SAMPLE 64u /* one frame in so many is stamped, for the latency between stages */
+
+/* Whom an event is about. */
+struct rn_who {
+	uint8_t guest[16], peer[16];
+	uint16_t guest_port, peer_port;
+	uint8_t proto;
+	uint32_t flow, flow_gen; /* RN_NO_FLOW: none */
+};
+/* Count one, and note it with whom it was about; @who NULL: not known. */
+void rn_stage_count(struct rn_stage *s, uint32_t counter, const struct rn_who *who);
+/* Would it be noted, or only counted? For a caller to whom finding out @who is work. */
+static inline int rn_stage_tells(const struct rn_stage *s, uint32_t counter)
+{
+	return s->may_tell[counter] != 0;
+}
+/* Note anything else. */
+void rn_stage_note(struct rn_stage *s, enum rn_event_kind kind, const struct rn_who *who, uint64_t value);
+
+/* rn_trace.c, for rn_stage.c. */
+void rn_trace_begin(struct rn_stage *s);
+void rn_trace_counters(struct rn_stage *s);
+void rn_trace_stamp(struct rn_stage *s, struct rn_buf *b);
+
+/* rn_buf_of() for a descriptor of an input: what is sampled has arrived. */
+void rn_stage_arrived(struct rn_stage *s, const struct rn_buf *b);
+static inline struct rn_buf *rn_stage_buf(struct rn_stage *s, const struct rn_desc *d)
+{
+	struct rn_buf *b = rn_buf_of(&s->pool, d);
+
+	if (RN_UNLIKELY(b && b->first_ns))
+		rn_stage_arrived(s, b);
+	return b;
+}
 
 #define RN_WANT_TIME 2u /* want_room: not for a slot, for the end of a stall */
 _Static_assert(RN_IMPAIR_LINK == RN_NROLES, "one place behind the outputs");
@@ -193,6 +247,11 @@ int rn_stage_room(struct rn_stage *s, int role, uint32_t want);
 int rn_stage_peek(struct rn_stage *s, uint32_t i, uint32_t max);
 
 uint64_t rn_now_ns(void); /* CLOCK_MONOTONIC */
+/* The same, or what rn_stage_clock() said. */
+static inline uint64_t rn_stage_now(const struct rn_stage *s)
+{
+	return RN_UNLIKELY(s->clock) ? s->clock : rn_now_ns();
+}
 
 /* The pieces of rn_stage_run(), for a stage whose loop is not in C:
  *   begin; work; end; if idle and arm() == 0: block until an fd is readable or the deadline; disarm. */

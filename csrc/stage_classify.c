@@ -63,6 +63,37 @@ static void block_put(void *ctx, void *block)
 	rn_buf_free(&s->pool, block);
 }
 
+/* Whom a frame is from and to, as far as it says so in the usual places; for the log, so nothing is believed. */
+static struct rn_who who_of(const struct rn_view *v)
+{
+	struct rn_who who = { .flow = (uint32_t)RN_NO_FLOW };
+	const uint8_t *type = rn_view_get(v, 12, 2), *ip = rn_view_get(v, RN_ETH_HLEN, RN_IP4_HLEN), *ports;
+
+	if (!type || !ip || rn_get16(type) != RN_ETHERTYPE_IPV4)
+		return who;
+	rn_addr_from4(who.guest, ip + RN_IP4_SRC);
+	rn_addr_from4(who.peer, ip + RN_IP4_DST);
+	who.proto = ip[RN_IP4_PROTO];
+	if ((who.proto != RN_IPPROTO_TCP && who.proto != RN_IPPROTO_UDP) || rn_get16(ip + RN_IP4_FRAG) & 0x1fff)
+		return who;
+	ports = rn_view_get(v, RN_ETH_HLEN + (ip[0] & 15u) * 4u, 4);
+	if (ports) {
+		who.guest_port = rn_get16(ports);
+		who.peer_port = rn_get16(ports + 2);
+	}
+	return who;
+}
+
+/* Count a frame that goes no further, and note whose it was. */
+static void count(struct rn_stage *s, uint32_t counter, const struct rn_view *v)
+{
+	struct rn_who who = { .proto = 0 };
+
+	if (rn_stage_tells(s, counter))
+		who = who_of(v);
+	rn_stage_count(s, counter, &who);
+}
+
 /* A buffer and room for one frame to the guest, or NULL; never waits, so nobody is asked to wake us. */
 static struct rn_buf *reply_buf(struct rn_stage *s)
 {
@@ -201,13 +232,13 @@ static int arp_forward(struct rn_stage *s, const struct stage_classify *c, struc
 }
 
 /* services is behind: its frames are dropped, everybody else's are not held up. */
-static int service_room(struct rn_stage *s)
+static int service_room(struct rn_stage *s, const struct rn_view *v)
 {
 	int room = rn_stage_room(s, RN_ROLE_SERVICE, 1);
 
 	s->want_room[RN_ROLE_SERVICE] = 0;
 	if (!room)
-		s->c[RN_C_drop_services_full]++;
+		count(s, RN_C_drop_services_full, v);
 	return room;
 }
 
@@ -234,7 +265,7 @@ static void reassembled(struct rn_stage *s, struct stage_classify *c, const stru
 	struct rn_parsed p;
 
 	verdict = rn_parse_frame(&v, NULL, &c->cfg, &p);
-	if (verdict == RN_V_SERVICE && !service_room(s)) {
+	if (verdict == RN_V_SERVICE && !service_room(s, &v)) {
 		rn_buf_free(&s->pool, b);
 		return;
 	}
@@ -249,7 +280,7 @@ static void reassembled(struct rn_stage *s, struct stage_classify *c, const stru
 /* One descriptor. 1: done with it; 0: no room towards egress, it stays in the ring. */
 static int classify_one(struct rn_stage *s, struct stage_classify *c, const struct rn_desc *d)
 {
-	struct rn_buf *b = rn_buf_of(&s->pool, d);
+	struct rn_buf *b = rn_stage_buf(s, d);
 	struct rn_vnet_hdr vnet;
 	enum rn_verdict verdict;
 	struct rn_parsed p;
@@ -279,7 +310,7 @@ static int classify_one(struct rn_stage *s, struct stage_classify *c, const stru
 		forward(s, RN_ROLE_BRIDGE, b, v.data, &p, d->flags & RN_DESC_VNET, 0);
 		return 1;
 	case RN_V_SERVICE:
-		if (!service_room(s))
+		if (!service_room(s, &v))
 			break;
 		s->c[RN_C_to_services]++;
 		forward(s, RN_ROLE_SERVICE, b, v.data, &p, d->flags & RN_DESC_VNET, 0);
@@ -300,13 +331,13 @@ static int classify_one(struct rn_stage *s, struct stage_classify *c, const stru
 		break;
 	case RN_V_NO_SUCH_HOST:
 	case RN_V_IP_PROTOCOL:
-		s->c[rn_verdict_counter(verdict)]++;
+		count(s, rn_verdict_counter(verdict), &v);
 		if (p.may_answer)
 			icmp_error(s, v.data, p.frame_len, RN_ICMP_UNREACH,
 				   verdict == RN_V_IP_PROTOCOL ? RN_ICMP_UNREACH_PROTO : RN_ICMP_UNREACH_HOST);
 		break;
 	default:
-		s->c[rn_verdict_counter(verdict)]++;
+		count(s, rn_verdict_counter(verdict), &v);
 	}
 	c->spent[c->nspent++] = b;
 	return 1;
@@ -406,7 +437,7 @@ int stage_classify_init(struct rn_stage *s, const struct classify_config *cfg)
 		return -ENOMEM;
 	}
 	c->tokens = ICMP_BURST;
-	c->refilled = rn_now_ns();
+	c->refilled = rn_stage_now(s);
 	s->priv = c;
 	s->ops = &classify_ops;
 	return 0;

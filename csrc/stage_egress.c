@@ -170,6 +170,54 @@ uint32_t eg_find(struct egress *e, uint8_t proto, const uint8_t guest[16], uint1
 	return EG_NONE;
 }
 
+/* --- the log --- */
+
+static struct rn_who who_of(const struct egress *e, uint32_t i)
+{
+	const struct rn_flow *fl = &e->flows->flow[i];
+	struct rn_who who = {
+		.guest_port = fl->guest_port, .peer_port = fl->peer_port, .proto = fl->proto, .flow = i, .flow_gen = fl->gen,
+	};
+
+	memcpy(who.guest, fl->guest_addr, 16);
+	memcpy(who.peer, fl->peer_addr, 16);
+	return who;
+}
+
+void eg_count(struct egress *e, uint32_t i, uint32_t counter)
+{
+	struct rn_who who = { .proto = 0 };
+
+	if (rn_stage_tells(e->s, counter))
+		who = who_of(e, i);
+	rn_stage_count(e->s, counter, &who);
+}
+
+static struct rn_who by_address(uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
+				uint16_t pport)
+{
+	struct rn_who who = { .guest_port = gport, .peer_port = pport, .proto = proto, .flow = (uint32_t)RN_NO_FLOW };
+
+	memcpy(who.guest, guest, 16);
+	memcpy(who.peer, peer, 16);
+	return who;
+}
+
+void eg_count_of(struct egress *e, uint32_t counter, uint8_t proto, const uint8_t guest[16], uint16_t gport,
+		 const uint8_t peer[16], uint16_t pport)
+{
+	struct rn_who who = by_address(proto, guest, gport, peer, pport);
+
+	rn_stage_count(e->s, counter, &who);
+}
+
+static void note_flow(struct egress *e, uint32_t i, enum rn_event_kind kind, uint64_t value)
+{
+	struct rn_who who = who_of(e, i);
+
+	rn_stage_note(e->s, kind, &who, value);
+}
+
 uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		uint16_t pport, const uint8_t mac[6])
 {
@@ -222,6 +270,7 @@ uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16
 	atomic_store_explicit(&fl->down.owner, e->s->row + 1, memory_order_release);
 	atomic_store_explicit(&fl->state, proto == RN_IPPROTO_TCP ? RN_FL_CONNECTING : RN_FL_MAPPED,
 			      memory_order_relaxed);
+	note_flow(e, i, RN_DID_OPEN, 0);
 	return i;
 }
 
@@ -347,6 +396,7 @@ void eg_drop(struct egress *e, uint32_t i)
 	if (*link == i)
 		*link = p->hash_next;
 
+	note_flow(e, i, RN_DID_END, e->s->now - fl->created_ns);
 	atomic_store_explicit(&fl->state, RN_FL_FREE, memory_order_relaxed);
 	atomic_store_explicit(&fl->up.owner, 0, memory_order_release); /* F1 */
 	atomic_store_explicit(&fl->down.owner, 0, memory_order_release);
@@ -371,7 +421,7 @@ int stage_egress_close_flow(struct rn_stage *s, uint32_t i, uint32_t gen)
 
 	if (i >= e->nflows || !e->priv[i].proto || eg_flow(e, i)->gen != gen)
 		return -ENOENT;
-	s->now = rn_now_ns();
+	s->now = rn_stage_now(s);
 	if (e->priv[i].proto == RN_IPPROTO_TCP)
 		return tcp_close_flow(e, i);
 	eg_drop(e, i);
@@ -384,7 +434,7 @@ void stage_egress_notices(struct rn_stage *s, int on)
 
 	e->notices = on != 0;
 	e->nrefused = e->refused_lost = 0;
-	e->refused_ns = rn_now_ns();
+	e->refused_ns = rn_stage_now(s);
 	e->refused_tokens = EG_REFUSED * EG_NS;
 }
 
@@ -403,8 +453,10 @@ int stage_egress_refusal(struct rn_stage *s, struct egress_refusal *out)
 void eg_refused_by(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		   uint16_t pport, int error, int32_t rule)
 {
+	struct rn_who who = by_address(proto, guest, gport, peer, pport);
 	struct egress_refusal *r;
 
+	rn_stage_note(e->s, RN_DID_REFUSE, &who, (uint64_t)error);
 	if (!e->notices)
 		return;
 	if (e->s->now > e->refused_ns) {
@@ -883,7 +935,7 @@ static int check_frame(struct eg_frame *f, struct rn_buf *b, const uint8_t *eth,
 static void take_frame(struct egress *e, uint32_t input, const struct rn_desc *d)
 {
 	struct rn_stage *s = e->s;
-	struct rn_buf *b = rn_buf_of(&s->pool, d);
+	struct rn_buf *b = rn_stage_buf(s, d);
 	struct eg_frame f;
 
 	s->c[RN_C_frames_in]++;
@@ -1054,7 +1106,7 @@ static void egress_fini(struct rn_stage *s)
 
 	if (!e)
 		return;
-	s->now = rn_now_ns();
+	s->now = rn_stage_now(s);
 	tcp_fini(e);
 	udp_fini(e);
 	icmp_fini(e);
@@ -1139,7 +1191,7 @@ int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, cons
 		free(e);
 		return rn_fail(s, -EMSGSIZE, "flow table is cut");
 	}
-	s->now = rn_now_ns();
+	s->now = rn_stage_now(s);
 	e->wheel_at = s->now / EG_TICK_NS;
 	e->tokens = EG_ICMP_BURST * EG_NS;
 	e->tokens_ns = s->now;
@@ -1201,7 +1253,7 @@ uint64_t stage_egress_due(struct rn_stage *s)
 int stage_egress_step(struct rn_stage *s, int timeout_ms, uint64_t now_ns)
 {
 	struct epoll_event ev[64];
-	uint64_t due = egress_deadline(s), now = now_ns ? now_ns : rn_now_ns();
+	uint64_t due = egress_deadline(s), now = now_ns ? now_ns : rn_stage_now(s);
 	int n, did;
 
 	if (timeout_ms && due != UINT64_MAX) {

@@ -148,7 +148,7 @@ static int flush_link(struct rn_stage *s, struct stage_guest_rx *g)
 static int take_one(struct rn_stage *s, struct stage_guest_rx *g, uint32_t input, const struct rn_desc *d)
 {
 	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
-	struct rn_buf *b = rn_buf_of(&s->pool, d);
+	struct rn_buf *b = rn_stage_buf(s, d);
 	const uint8_t *eth;
 
 	if (RN_UNLIKELY(!b)) {

@@ -189,7 +189,7 @@ static int guest_tx_turn(struct rn_stage *s)
 	uint32_t n = 0;
 
 	/* Draining: what the guest sends from now on stays in the link. */
-	for (; !s->draining && n < BURST && t->readable && !t->gone; n++) {
+	for (; !s->draining && n < BURST && t->readable && !t->gone && !rn_stage_paused(s); n++) {
 		uint16_t flags;
 		uint8_t *eth;
 		int64_t len;

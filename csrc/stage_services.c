@@ -139,7 +139,7 @@ int rn_services_recv(struct rn_stage *s, struct services_datagram *out, uint8_t 
 		}
 		empty = 0;
 		d = rn_ring_at(rx, 0);
-		b = rn_buf_of(&s->pool, &d);
+		b = rn_stage_buf(s, &d);
 		if (!b) { /* nothing to give back: the descriptor names no buffer */
 			s->c[RN_C_drop_bad_descriptor]++;
 			rn_ring_consume(rx, 1);

@@ -126,7 +126,7 @@ void tcp_abort_host(struct egress *e, uint32_t i)
 /* Host side broke: tell the guest as soon as there is room. */
 void tcp_host_reset(struct egress *e, uint32_t i)
 {
-	e->s->c[RN_C_tcp_reset_by_host]++;
+	eg_count(e, i, RN_C_tcp_reset_by_host);
 	tcp_abort_host(e, i);
 	tcp_park_drop(e, i);
 	e->priv[i].work = 0;
@@ -145,7 +145,7 @@ int tcp_close_flow(struct egress *e, uint32_t i)
 	}
 	if (e->priv[i].work & (W_RST | W_FAIL))
 		return -ENOENT;
-	e->s->c[RN_C_tcp_closed_by_control]++;
+	eg_count(e, i, RN_C_tcp_closed_by_control);
 	tcp_abort_host(e, i);
 	tcp_park_drop(e, i);
 	e->priv[i].work = 0;
@@ -156,7 +156,7 @@ int tcp_close_flow(struct egress *e, uint32_t i)
 /* We give up on the guest. */
 static void give_up(struct egress *e, uint32_t i)
 {
-	e->s->c[RN_C_tcp_timed_out]++;
+	eg_count(e, i, RN_C_tcp_timed_out);
 	tcp_abort_host(e, i);
 	tcp_park_drop(e, i);
 	e->priv[i].work = 0;
@@ -170,7 +170,7 @@ void tcp_maybe_closed(struct egress *e, uint32_t i)
 
 	if (!(f->up.fin & RN_FIN_SENT) || !(f->down.fin & RN_FIN_ACKED) || get_state(f) == RN_FL_TIME_WAIT)
 		return;
-	e->s->c[RN_C_tcp_closed]++;
+	eg_count(e, i, RN_C_tcp_closed);
 	eg_close_fd(e, i); /* all was read and acknowledged, all was written: a plain close */
 	if (!(p->flags & F_WE_FIRST) && !(p->work & W_ACK)) {
 		tcp_gone(e, i); /* LAST-ACK is over; TIME-WAIT is the guest's */
@@ -276,7 +276,7 @@ int tcp_work(struct egress *e, uint32_t i)
 		/* One below what is expected: it must be answered with an ACK that tells the window (RFC 9293 3.10.7.4). */
 		if (tcp_send_ack(e, i, f->down.snd_una - 1))
 			return -1;
-		e->s->c[RN_C_tcp_zero_window_probes]++;
+		eg_count(e, i, RN_C_tcp_zero_window_probes);
 		p->work &= ~(uint32_t)W_PROBE;
 	}
 	if (p->work & W_ACK) {
@@ -433,7 +433,7 @@ void tcp_timer(struct egress *e, uint32_t i)
 		if (p->backoff < TCP_RETRIES)
 			p->backoff++;
 		/* RFC 6298 5.4-5.6, RFC 5681 3.1: back to snd_una, one segment, twice the time. */
-		e->s->c[RN_C_tcp_rto]++;
+		eg_count(e, i, RN_C_tcp_rto);
 		f->down.snd_nxt = f->down.snd_una;
 		p->recover = f->down.snd_max;
 		p->flags = (p->flags | F_SLOW | F_READABLE) & ~(uint32_t)(F_RECOVER | F_TIMED);
@@ -587,7 +587,7 @@ static int got_rst(struct egress *e, uint32_t i, const struct seg *sg)
 	struct rn_flow *f = eg_flow(e, i);
 
 	if (sg->seq == f->up.rcv_nxt) {
-		e->s->c[RN_C_tcp_reset_by_guest]++;
+		eg_count(e, i, RN_C_tcp_reset_by_guest);
 		tcp_abort_host(e, i);
 		tcp_gone(e, i);
 		return 1;
@@ -629,7 +629,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 		eg_work(e, i, W_ACK);
 		keep_data = 0;
 	} else if (beyond) {
-		e->s->c[RN_C_drop_tcp_outside_window]++;
+		eg_count(e, i, RN_C_drop_tcp_outside_window);
 		eg_work(e, i, W_ACK);
 		/* RFC 9293 3.10.7.4: with a closed window ACKs of a segment at the edge are still taken. */
 		if (sg->seq != f->up.rcv_nxt)
@@ -640,7 +640,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 
 	/* Fifth, ACK. */
 	if (SEQ_GT(sg->ack, f->down.snd_max) || SEQ_LT(sg->ack, f->down.snd_una - e->tcp->flow[i].wnd_max)) {
-		e->s->c[RN_C_drop_tcp_bad_ack]++;
+		eg_count(e, i, RN_C_drop_tcp_bad_ack);
 		challenge(e, i);
 		return;
 	}
@@ -664,7 +664,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 		held = tcp_sack_input(e, i, fr->l4, fr->l4_hlen);
 	if (!(p->flags & (F_RECOVER | F_SLOW)) &&
 	    ((dup && p->dupacks == TCP_DUPACKS) || held > 2u * f->down.mss)) { /* RFC 5681 3.2; RFC 6675 5 */
-		e->s->c[RN_C_tcp_fast_retransmit]++;
+		eg_count(e, i, RN_C_tcp_fast_retransmit);
 		p->flags |= F_RECOVER;
 		p->recover = f->down.snd_max;
 		x->rounds = 0;
@@ -781,7 +781,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 		if (sg.flags & RN_TH_RST)
 			return;
 		if ((sg.flags & (RN_TH_SYN | RN_TH_ACK)) != RN_TH_SYN) {
-			e->s->c[RN_C_drop_tcp_no_flow]++;
+			eg_count_of(e, RN_C_drop_tcp_no_flow, RN_IPPROTO_TCP, guest, gport, peer, pport);
 			tcp_reply_rst(e, fr, &sg);
 			return;
 		}
@@ -800,7 +800,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 	case RN_FL_SYN_RCVD:
 		if (sg.flags & RN_TH_RST) {
 			if (sg.seq == f->up.rcv_nxt) { /* RFC 5961 3.2 */
-				e->s->c[RN_C_tcp_reset_by_guest]++;
+				eg_count(e, i, RN_C_tcp_reset_by_guest);
 				tcp_abort_host(e, i);
 				tcp_gone(e, i);
 			} else if (SEQ_GT(sg.seq, f->up.rcv_nxt) && SEQ_LT(sg.seq, f->up.rcv_adv)) {
@@ -828,7 +828,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 			return;
 		}
 		if (SEQ_LT(sg.seq + sg.len, f->up.rcv_nxt) || SEQ_GT(sg.seq, f->up.rcv_adv)) {
-			e->s->c[RN_C_drop_tcp_outside_window]++;
+			eg_count(e, i, RN_C_drop_tcp_outside_window);
 			eg_work(e, i, W_ACK); /* RFC 9293 3.10.7.4, first: not acceptable */
 			return;
 		}

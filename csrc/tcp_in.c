@@ -170,7 +170,7 @@ static void leave(struct egress *e, uint32_t i)
 
 static void refused(struct egress *e, uint32_t i)
 {
-	e->s->c[RN_C_tcp_inbound_refused]++;
+	eg_count(e, i, RN_C_tcp_inbound_refused);
 	tcp_abort_host(e, i);
 	tcp_gone(e, i);
 }
@@ -199,7 +199,7 @@ void tcp_in_event(struct egress *e, uint32_t i, uint32_t events)
 	struct flow_priv *p = &e->priv[i];
 
 	if (events & (EPOLLERR | EPOLLHUP)) {
-		e->s->c[RN_C_tcp_inbound_gone]++;
+		eg_count(e, i, RN_C_tcp_inbound_gone);
 		leave(e, i);
 		return;
 	}
@@ -216,12 +216,12 @@ void tcp_in_timer(struct egress *e, uint32_t i)
 	int bytes = 0;
 
 	if ((p->flags & F_HUP) && ioctl(p->fd, FIONREAD, &bytes) == 0 && !bytes) {
-		e->s->c[RN_C_tcp_inbound_gone]++;
+		eg_count(e, i, RN_C_tcp_inbound_gone);
 		leave(e, i);
 		return;
 	}
 	if (p->backoff++ >= TCP_IN_RETRIES) {
-		e->s->c[RN_C_tcp_inbound_unanswered]++;
+		eg_count(e, i, RN_C_tcp_inbound_unanswered);
 		leave(e, i);
 		return;
 	}
@@ -255,7 +255,7 @@ void tcp_in_segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	if (!(sg->flags & RN_TH_SYN))
 		return;
 	if (!ours) {
-		e->s->c[RN_C_tcp_inbound_refused]++;
+		eg_count(e, i, RN_C_tcp_inbound_refused);
 		tcp_in_settled(e, i);
 		set_state(f, RN_FL_SYN_RCVD); /* the RST acknowledges its SYN, and so ends it whatever it made of ours */
 		f->up.rcv_nxt = sg->seq + 1;

@@ -168,7 +168,7 @@ void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8
 	if (e->pending < e->cfg.pending_max && eg_fd_room(e))
 		i = eg_new(e, RN_IPPROTO_TCP, guest, gport, peer, pport, fr->eth + 6);
 	if (i == EG_NONE) {
-		e->s->c[RN_C_tcp_over_limit]++;
+		eg_count_of(e, RN_C_tcp_over_limit, RN_IPPROTO_TCP, guest, gport, peer, pport);
 		eg_refused(e, RN_IPPROTO_TCP, guest, gport, peer, pport, EMFILE);
 		tcp_reply_rst(e, fr, sg);
 		return;

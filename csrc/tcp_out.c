@@ -171,7 +171,7 @@ int tcp_send_failure(struct egress *e, uint32_t i)
 		int r = eg_icmp_error(e, f->guest_mac, e->cfg.gateway4, q, sizeof(q), RN_ICMP_UNREACH, (uint8_t)code, 0);
 
 		if (r == 0) {
-			e->s->c[RN_C_tcp_unreachable]++;
+			eg_count(e, i, RN_C_tcp_unreachable);
 			return 0;
 		}
 		if (e->s->want_room[RN_ROLE_GUEST] || e->s->want_buf)
@@ -182,7 +182,7 @@ int tcp_send_failure(struct egress *e, uint32_t i)
 	if (!b)
 		return -1;
 	e->s->c[RN_C_tcp_rst_sent]++;
-	e->s->c[code >= 0 ? RN_C_tcp_unreachable : RN_C_tcp_refused]++;
+	eg_count(e, i, code >= 0 ? RN_C_tcp_unreachable : RN_C_tcp_refused);
 	/* RFC 9293 3.10.7.1: no ACK in the SYN, so seq 0 and ack behind it */
 	tcp_emit(e, f, b, 0, f->up.irs + 1, RN_TH_RST | RN_TH_ACK, 0, NULL, 0, 0, e->cfg.mtu);
 	return 0;

@@ -88,7 +88,7 @@ static void park_rest(struct egress *e, uint32_t i)
 				if (SEQ_LT(n->seq, t->flow[i].edge))
 					t->flow[i].edge = n->seq; /* a hole again */
 				node_free(e, p, eg_flow(e, i), n);
-				e->s->c[RN_C_drop_tcp_park_full]++;
+				eg_count(e, i, RN_C_drop_tcp_park_full);
 				continue;
 			}
 			rn_buf_free(&e->s->pool, n->buf);
@@ -121,7 +121,7 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 	}
 	n = t->free_nodes;
 	if (!n || (wait && t->nfree <= TCP_NODES_RESERVE)) {
-		e->s->c[RN_C_drop_tcp_park_full]++;
+		eg_count(e, i, RN_C_drop_tcp_park_full);
 		return 0;
 	}
 	t->free_nodes = n->next;
@@ -135,7 +135,7 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 		n->next = t->free_nodes;
 		t->free_nodes = n;
 		t->nfree++;
-		e->s->c[RN_C_drop_tcp_park_full]++;
+		eg_count(e, i, RN_C_drop_tcp_park_full);
 		return 0;
 	} else {
 		e->s->c[RN_C_tcp_parked]++;

@@ -202,6 +202,49 @@ class Seat(Struct, frozen=True, kw_only=True):
     generation: int
 
 
+class Impairments(Struct, frozen=True, kw_only=True):
+    specs: list[str]  # as they were said
+
+
+class EventInfo(Struct, frozen=True, kw_only=True):
+    """A decision of a stage's (shm/trace.py)."""
+
+    stage: str
+    time: float  # Unix time, s
+    number: int
+    at_ns: int  # CLOCK_MONOTONIC
+    kind: str  # start, count, refuse, open, end
+    counter: str
+    n: int
+    flow: int  # -1: none
+    gen: int
+    value: int
+    guest: str
+    guest_port: int
+    peer: str
+    peer_port: int
+    proto: int
+
+
+class Events(Struct, frozen=True, kw_only=True):
+    events: list[EventInfo]
+    next: int | None
+
+
+class PathLatency(Struct, frozen=True, kw_only=True):
+    source: str
+    target: str
+    buckets: list[tuple[int, int]]  # (upper bound in ns, -1: none; sampled frames); those without a frame are left out
+
+
+class Latencies(Struct, frozen=True, kw_only=True):
+    paths: list[PathLatency]
+
+
+class Dumped(Struct, frozen=True, kw_only=True):
+    directory: str
+
+
 class FlowInfo(Struct, frozen=True, kw_only=True):
     flow: str  # "INDEX.GENERATION": names this flow and no later one
     proto: str
@@ -495,6 +538,74 @@ class StageTake(Call, kw_only=True):
     stage: str
 
 
+class StagePause(Call, kw_only=True):
+    """Let a stage stand still: it takes no frame, and does not look at its sockets, until stage.resume."""
+
+    call = "stage.pause"
+    stage: str
+
+
+class StageStep(Call, kw_only=True):
+    """Let a stage take so many frames more, then stand still."""
+
+    call = "stage.step"
+    stage: str
+    frames: Annotated[int, Meta(ge=1, le=1 << 32)] = 1
+
+
+class StageResume(Call, kw_only=True):
+    """Let a stage go on."""
+
+    call = "stage.resume"
+    stage: str
+
+
+class ImpairSet(Call, kw_only=True):
+    """A bad wire from now on (--impair); instead of the one that is there."""
+
+    call = "impair.set"
+    spec: Annotated[str, Meta(max_length=512)]
+
+
+class ImpairClear(Call, kw_only=True):
+    """Take a bad wire away; what it holds goes on in its time."""
+
+    call = "impair.clear"
+    place: str
+
+
+class ImpairList(Call, kw_only=True):
+    """The bad wires there are."""
+
+    call = "impair.list"
+    result = Impairments
+
+
+class EventsList(Call, kw_only=True):
+    """Decisions of a stage, oldest first."""
+
+    call = "events.list"
+    result = Events
+    stage: str
+    start: Annotated[int, Meta(ge=1, lt=1 << 62)] = 1
+    limit: Limit = PAGE_MAX
+
+
+class Latency(Call, kw_only=True):
+    """How long sampled frames took from each stage to each other."""
+
+    call = "latency"
+    result = Latencies
+
+
+class Dump(Call, kw_only=True):
+    """Write what is in shared memory, but no frame, below a directory (absolute) of the session's host."""
+
+    call = "dump"
+    result = Dumped
+    directory: Annotated[str, Meta(pattern="^/")]
+
+
 EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "flow-refused", "lease-given",
                     "nic-changed"]
 
@@ -512,8 +623,8 @@ CALLS: dict[str, type[Call]] = {c.call: c for c in (
     ForwardsAdd, ForwardsRemove, ForwardsReplace, ForwardsList, HostsAdd, HostsRemove, HostsReplace, HostsList,
     GetStatus, Stages, Statistics, Memory, FlowsList, FlowsClose, CaptureStart, CaptureStop, Policy, Log, CancelNic,
     StartNic,
-    StageHold, StageRelease, StageTake,
-    Subscribe)}
+    StageHold, StageRelease, StageTake, StagePause, StageStep, StageResume, ImpairSet, ImpairClear, ImpairList, EventsList,
+    Latency, Dump, Subscribe)}
 
 
 # --- events --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ not start. `ringnet run` otherwise ends with the command's own status (128 + n i
 OWN_PARSERS = {
     "ctl": "look at a running session, and change it",
     "capture": "write frames of a running session as pcapng",
+    "explain": "what the stages decided about a flow, a drop counter or an address",
+    "postmortem": "the same of a session that died",
 }
 
 

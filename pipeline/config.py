@@ -228,6 +228,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
                                           " (docs/debugging.md); may be repeated", "", "STAGE", max_length=8)] = ()
     restarts: Annotated[int, _opt("how often within a minute a stage that died is started again; 0: its end is the"
                                   " session's", "", "N", ge=0, le=1000)] = 5
+    postmortem: Annotated[str, _opt("when a stage dies (and on SIGQUIT) write what is in shared memory, but no frame,"
+                                    " below this directory: `ringnet postmortem` reads it", "", "DIR")] = ""
     stats: Annotated[bool, _opt("print each stage's counters at the end")] = False
     quiet: Annotated[bool, _opt("print errors only", "q")] = False
     debug: Annotated[bool, _opt("print what happens, and --stats", "d")] = False

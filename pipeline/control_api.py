@@ -37,6 +37,7 @@ from pipeline import api, monitor
 from pipeline.api import ApiError, Code
 from pipeline.captures import CaptureError, Captures
 from pipeline.config import FORWARDS_OWNER as OPTIONS_OWNER
+from pipeline.debug_api import DebugApi
 from pipeline.forwards import Forward, ForwardError, ForwardSyntaxError, Proto
 from pipeline.forwards import check as check_forward
 from pipeline.forwards import parse as parse_forwards
@@ -199,6 +200,7 @@ class ControlApi:
             api.CaptureStart: self._capture_start, api.CaptureStop: self._capture_stop,
             api.StartNic: self._start_nic,
         }
+        self.calls |= DebugApi(session, LATER).calls
         try:
             self.listening = Listening(name, path)
         except BaseException:

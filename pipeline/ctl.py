@@ -6,7 +6,9 @@ says why; 2: wrong usage.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -19,6 +21,7 @@ from pipeline.messages import Exit, Level
 from pipeline.seats import by_hand
 from pipeline.text import duration, size, table
 
+STEP_S = 1.0  # s that `step` waits for the frames
 EPILOG = "exit status: 0 done; 1 refused, or no such session; 2 usage"
 
 
@@ -102,6 +105,24 @@ def parser() -> Parser:
     p.add_argument("stage", metavar="STAGE")
     p = add(commands, "release", release, "let the session fill a held seat again")
     p.add_argument("stage", metavar="STAGE")
+    p = add(commands, "pause", pause, "let a stage stand still; its neighbours feel a busy one")
+    p.add_argument("stage", metavar="STAGE")
+    p = add(commands, "step", step, "let a stage take N frames more, then stand still; says what it counted")
+    p.add_argument("stage", metavar="STAGE")
+    p.add_argument("frames", nargs="?", type=int, default=1, metavar="N", help="frames (1)")
+    p = add(commands, "resume", resume, "let a stage go on")
+    p.add_argument("stage", metavar="STAGE")
+    impair = group("impair", "bad wires on purpose (docs/impairment.md)")
+    p = add(impair, "set", impair_set, "from now on; instead of one that is there")
+    p.add_argument("spec", nargs="+", metavar="SPEC", help="as --impair takes it, like down:drop=1%%")
+    add(impair, "ls", impair_ls, "those there are")
+    p = add(impair, "rm", impair_rm, "take one away; what it holds goes on in its time")
+    p.add_argument("place", metavar="PLACE", help="up, down, or a ring")
+    p = add(commands, "latency", latency, "how long sampled frames took between two stages")
+    p.add_argument("source", nargs="?", metavar="FROM", help="only from this stage")
+    p.add_argument("target", nargs="?", metavar="TO", help="to this one, with the histogram")
+    p = add(commands, "dump", dump, "write what is in shared memory below a directory, for ringnet postmortem")
+    p.add_argument("directory", metavar="DIR")
     p = add(commands, "log", log, "how much the session says on standard error")
     p.add_argument("level", choices=get_args(Level))
     p = add(commands, "events", events, "what happens, as it happens")
@@ -306,6 +327,78 @@ def hold(client: Client, args: argparse.Namespace, out: Output) -> None:
 
 def release(client: Client, args: argparse.Namespace, out: Output) -> None:
     out.show(client.call(api.StageRelease(stage=args.stage)), None)
+
+
+def pause(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.StagePause(stage=args.stage)), None)
+
+
+def resume(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.StageResume(stage=args.stage)), None)
+
+
+def step(client: Client, args: argparse.Namespace, out: Output) -> None:
+    """Waits a moment for the frames, to say what became of them; there need not be any."""
+    def counted() -> dict[str, int]:
+        return client.call(api.Statistics()).counters.get(args.stage, {})
+
+    before = counted()
+    result = client.call(api.StageStep(stage=args.stage, frames=args.frames))
+    until, after = time.monotonic() + STEP_S, counted()
+    while after.get("frames_in", 0) - before.get("frames_in", 0) < args.frames and time.monotonic() < until:
+        time.sleep(0.02)
+        after = counted()
+    more = {n: v - before.get(n, 0) for n, v in after.items() if v != before.get(n, 0)}
+    for name in ("turns", "sleeps", "wakes_sent"):
+        more.pop(name, None)
+    out.show(result, "\n".join(f"{n} +{v}" for n, v in more.items()) or "no frame came yet")
+
+
+def impair_set(client: Client, args: argparse.Namespace, out: Output) -> None:
+    for spec in args.spec:
+        out.show(client.call(api.ImpairSet(spec=spec)), None)
+
+
+def impair_ls(client: Client, args: argparse.Namespace, out: Output) -> None:
+    result = client.call(api.ImpairList())
+    out.show(result, "\n".join(result.specs) or None)
+
+
+def impair_rm(client: Client, args: argparse.Namespace, out: Output) -> None:
+    out.show(client.call(api.ImpairClear(place=args.place)), None)
+
+
+def _quantile(buckets: list[tuple[int, int]], q: float) -> str:
+    """Upper bound of the bucket that this share of the frames is within."""
+    left = q * sum(n for _, n in buckets)
+    for bound, n in buckets:
+        left -= n
+        if left <= 0:
+            return _ns(bound)
+    return ""
+
+
+def _ns(bound: int) -> str:
+    if bound < 0:
+        return "more"
+    return f"{bound / 1e3:.3g} us" if bound < 1e6 else f"{bound / 1e6:.3g} ms" if bound < 1e9 else f"{bound / 1e9:.3g} s"
+
+
+def latency(client: Client, args: argparse.Namespace, out: Output) -> None:
+    result = client.call(api.Latency())
+    paths = [p for p in result.paths if args.source in (None, p.source) and args.target in (None, p.target)]
+    rows = [[p.source, p.target, str(sum(n for _, n in p.buckets)), _quantile(p.buckets, 0.5), _quantile(p.buckets, 0.9),
+             _quantile(p.buckets, 0.99), _quantile(p.buckets, 1.0)] for p in paths]
+    text = table(["from", "to", "sampled", "50 %", "90 %", "99 %", "all"], rows, frozenset({0, 1}))
+    for p in paths if args.target else ():
+        most = max(n for _, n in p.buckets)
+        text += "\n" + "\n".join(f"< {_ns(b):>8} {n:>8} {'#' * (40 * n // most)}" for b, n in p.buckets)
+    out.show(api.Latencies(paths=paths), text if paths else "no frame was sampled yet (one in 64 is)")
+
+
+def dump(client: Client, args: argparse.Namespace, out: Output) -> None:
+    result = client.call(api.Dump(directory=os.path.abspath(args.directory)))
+    out.show(result, f"ringnet postmortem {result.directory}")
 
 
 def cancel(client: Client, args: argparse.Namespace, out: Output) -> None:

@@ -201,6 +201,18 @@ class LogLevel(Ask, kw_only=True):
     level: Level
 
 
+class Pace(Ask, kw_only=True):
+    """Take so many frames more, then stand still but for control; None: go on."""
+
+    frames: Annotated[int, Meta(ge=0, lt=1 << 62)] | None
+
+
+class Wire(Ask, kw_only=True):
+    """Another bad wire (--impair) at one of the stage's places, from now on; one that does nothing takes it away."""
+
+    impair: Impair
+
+
 class Notices(Ask, kw_only=True):
     """Tell of leases and refusals from now on, or no more."""
 
@@ -282,7 +294,7 @@ class Refused(Message):
 
 FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused
 ToStage = (Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
-           | Capture | CaptureEnd | Nic2Dhcp)
+           | Capture | CaptureEnd | Nic2Dhcp | Pace | Wire)
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()

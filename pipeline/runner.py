@@ -406,6 +406,8 @@ class Run:
 
     def _signalled(self) -> None:
         for signum in self.signals.take():
+            if signum == signal.SIGQUIT:
+                self.session.dump("SIGQUIT")  # the command gets it too, as it would without a dump
             if self.guest.contained is None:  # no command yet
                 self.status = 128 + signum
                 self.session.end(f"{signum.name}")
@@ -436,7 +438,8 @@ class Attach:
 
     def main(self) -> int:
         s = self.settings
-        with Signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals, contextlib.ExitStack() as stack:
+        wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *([signal.SIGQUIT] if s.postmortem else [])]
+        with Signals(*wanted) as signals, contextlib.ExitStack() as stack:
             self.signals = signals
             try:
                 target = open_target(self.text)
@@ -494,6 +497,9 @@ class Attach:
 
     def _signalled(self) -> None:
         for signum in self.signals.take():
+            if signum == signal.SIGQUIT:
+                self.session.dump("SIGQUIT")
+                continue
             if self.session.ending:
                 self.session.hurry()
             self.session.end(signum.name)

@@ -15,6 +15,7 @@ import importlib
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -39,12 +40,14 @@ from pipeline.messages import (
     LogLevel,
     Message,
     MessageError,
+    Pace,
     Ping,
     Pong,
     Ready,
     Running,
     StageExit,
     Start,
+    Wire,
 )
 from pipeline.topology import TOPOLOGY
 from shm._dataplane import ffi, lib
@@ -103,7 +106,8 @@ class StageContext:
         self.drain_ms = 0
         # What a stage does when asked: returns "" or why it did not. Descriptors that came with it are its own then.
         self.handlers: dict[type[Ask], Callable[[Any, list[int]], str]] = {
-            LogLevel: self._set_log_level, Capture: self._capture, CaptureEnd: self._capture_end}
+            LogLevel: self._set_log_level, Capture: self._capture, CaptureEnd: self._capture_end,
+            Pace: self._set_pace, Wire: self._set_wire}
         self._captures: dict[int, tuple[Memory, int]] = {}  # mirror and doorbell by the capture's number
         self.wake = wake
         self._channel = channel
@@ -236,6 +240,30 @@ class StageContext:
         lib.rn_unmap(*memory)
         os.close(bell)
         return ""
+
+    def _set_pace(self, ask: Pace, _fds: list[int]) -> str:
+        lib.rn_stage_pace(self.stage, (1 << 64) - 1 if ask.frames is None else ask.frames)
+        return ""
+
+    def _set_wire(self, ask: Wire, _fds: list[int]) -> str:
+        spec = ffi.new("struct rn_impair_spec *", ask.impair.spec())
+        if lib.rn_stage_change_impair(self.stage, ask.impair.output, spec) < 0:
+            return ffi.string(lib.rn_stage_error(self.stage)).decode()
+        return ""
+
+    @property
+    def standing(self) -> bool:
+        """Told to take no frame: wait in stand() instead of working."""
+        return bool(lib.rn_stage_paused(self.stage))
+
+    def stand(self) -> None:
+        """Until a control message or a signal comes."""
+        lib.rn_stage_state(self.stage, lib.RN_ST_PAUSED)
+        p = select.poll()
+        for fd in (self._channel.fileno(), self.wake):
+            if fd >= 0:
+                p.register(fd, select.POLLIN)
+        p.poll()
 
     def counters(self) -> dict[str, int]:
         """This process's counters that are not zero, as of the last turn."""

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from pipeline import api
+from pipeline import api, dumps
 from pipeline.auto_forwards import Follower
 from pipeline.config import ConfigError, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
@@ -307,6 +307,7 @@ class Session:
         self._follower: Follower | None = None
         self._configs: dict[str, dict[str, Any]] = {}
         self._level: Level | None = None  # set while it runs
+        self.impairments = {i.place: (text, i) for text, i in zip(settings.impair, settings.impairments(), strict=True)}
         self.seats = Seats(self, settings.hold, settings.restarts)
         self.nic2 = nic2
         if nic2 is not None:
@@ -506,6 +507,8 @@ class Session:
         child.pidfd = -1
         self._drop_channel(child)
         self._log(f"{child.decl.name}: gone, {describe_status(child.status)}")
+        if self._up and not self.ending and not self._stopping and self._accident(child):
+            self.dump(f"stage {child.decl.name} is gone: {self._how(child)}")
         if self._up and not self.ending and not self._stopping and self.seats.vacated(child, self._how(child)):
             child.state = State.VACANT
         self._changed(child)
@@ -533,6 +536,22 @@ class Session:
             case Ended(reason=text) | Failed(error=text):
                 return text
         return describe_status(child.status)
+
+    @staticmethod
+    def _accident(child: Child) -> bool:
+        """Did it end without a last word, or with a complaint?"""
+        return not isinstance(child.said, Ended)
+
+    def dump(self, reason: str) -> None:
+        """Write what is in shared memory to --postmortem's directory, if there is one."""
+        if not self.settings.postmortem:
+            return
+        try:
+            path = dumps.write(self, self.settings.postmortem, reason)
+        except OSError as e:
+            self._warn(f"--postmortem {self.settings.postmortem}: {e.strerror}")
+        else:
+            self.say(f"{reason}; what is left is in {path}: ringnet postmortem {path}")
 
     # -- successors (pipeline/seats.py)
 
@@ -926,7 +945,7 @@ class Session:
             flows_size=mem.flows.size if decl.flows else 0, names_size=mem.names.size if decl.names else 0,
             names_write=decl.names == "write", inputs=tuple(inputs), outputs=tuple(outputs),
             fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
-            impair=tuple(i for i in self.settings.impairments() if i.stage == name),
+            impair=tuple(i for _, i in self.impairments.values() if i.stage == name),
         ), [fd for _, fd in grants])
 
     def ping(self, name: str, seq: int) -> None:

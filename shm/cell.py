@@ -20,6 +20,7 @@ class State(enum.IntEnum):
     DRAINING = lib.RN_ST_DRAINING
     ENDED = lib.RN_ST_ENDED
     FAILED = lib.RN_ST_FAILED
+    PAUSED = lib.RN_ST_PAUSED
 
 
 class Counter(Struct, frozen=True, kw_only=True):

@@ -25,10 +25,10 @@ from pipeline.topology import TOPOLOGY
 REPO = Path(__file__).resolve().parent.parent
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
 DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2"})
-COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture"})
+COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture", "explain", "postmortem"})
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
                      "control_api", "hosts_book", "session_dir", "client", "seats", "captures", "capture_file",
-                     "hostside", "second_nic"})
+                     "hostside", "second_nic", "debug_api", "dumps"})
 
 
 def layer(module: str) -> str:

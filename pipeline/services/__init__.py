@@ -286,6 +286,11 @@ def serve(services: Services, ctx: StageContext, ended: list[Ended]) -> str:
     """The loop: batches from the ring, then events and timers; sleeps when there is neither."""
     stage, loop = services.stage, services.loop
     while not ended:
+        if ctx.standing:
+            ctx.stand()
+            if (end := ctx.handle_control()) is not None:
+                ended.append(end)
+            continue
         lib.rn_services_begin(stage)
         more = services.turn()
         loop.step(0)

@@ -26,7 +26,7 @@ def complete(tmp_path: Path, *words: str) -> list[str]:
     (("ringnet", "c"), ["ctl", "capture", "completion"]),
     (("ringnet", "ctl", "f"), ["forward", "flows"]),
     (("ringnet", "ctl", "-s", ""), ["web"]),
-    (("ringnet", "ctl", "-s", "web", "st"), ["status", "stages", "statistics", "start"]),
+    (("ringnet", "ctl", "-s", "web", "st"), ["status", "stages", "statistics", "step", "start"]),
     (("ringnet", "ctl", "forward", "--json", "r"), ["rm", "replace"]),
     (("ringnet", "ctl", "forward", "rm", "--cl"), ["--close-flows"]),
     (("ringnet", "ctl", "log", "w"), ["warning"]),

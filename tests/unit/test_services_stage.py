@@ -29,6 +29,7 @@ class FakeContext:
     """What serve() needs of pipeline.stage.StageContext."""
 
     draining = False
+    standing = False
 
 
 class Bench:
