@@ -68,7 +68,7 @@ def allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def measured(args: argparse.Namespace) -> results.Results:
+def measured(args: argparse.Namespace, argv: list[str]) -> results.Results:
     which = chosen_drivers(args)
     plan_rows = rows.chosen(args.rows.split(","))
     try:
@@ -85,7 +85,7 @@ def measured(args: argparse.Namespace) -> results.Results:
     with lab.Lab().fresh() as names:
         congestion = lab.congestion_control(names.guest)
     got = results.fresh({d.name: d.kind for d in which}, {d.name: v for d in which if (v := d.said_version())}, congestion,
-                        shlex.join(["tools/bench/run", *sys.argv[1:]]))
+                        shlex.join(["tools/bench/run", *argv]))
     if old:
         got = results.joined(old, got)
     plan = compare.Plan(which, mtus, plan_rows, args.reps, args.secs, got.next_rep())
@@ -96,8 +96,10 @@ def measured(args: argparse.Namespace) -> results.Results:
     return got
 
 
-def main() -> int:
-    args = parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """The whole command; argv without the program's name. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # namespaces and processes go in any case
     if args.list:
         print("\n".join([*(f"{r.group:8} {r.name}" for r in rows.ROWS), "drivers: " + ", ".join(drivers.builtin(args.newer_pasta))]))
@@ -105,7 +107,7 @@ def main() -> int:
     try:
         if args.append and not args.json:
             raise LabError("--append: to which --json FILE?")
-        got = results.read(args.report) if args.report else measured(args)
+        got = results.read(args.report) if args.report else measured(args, argv)
         if args.docs:
             report.insert(args.docs, got)
         else:

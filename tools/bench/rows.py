@@ -60,7 +60,9 @@ class Row:
 
 def _iperf(d: Datapath, secs: float, client: str, server: str, target: str, port: int, flags: tuple[str, ...]) -> Measured:
     """client, server: namespaces."""
-    listen = inside(server, "iperf3", "-s", "-1", "-p", str(port), "--forceflush")
+    # bound, for an answer to a datagram would leave from the server's address on the veth
+    bind = ["-B", SERVER] if server == d.lab.server else []
+    listen = inside(server, "iperf3", "-s", "-1", *bind, "-p", str(port), "--forceflush")
     with subprocess.Popen(listen, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as serving:
         try:
             assert serving.stdout is not None
