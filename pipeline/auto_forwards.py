@@ -105,6 +105,9 @@ def wanted(autos: Iterable[Auto], there: Mapping[Proto, Listening], network: ipa
 class Followed(Protocol):
     """What is needed of a session."""
 
+    @property
+    def ending(self) -> bool: ...
+
     def watch(self, fd: int, callback: Callable[[], None]) -> None: ...
 
     def unwatch(self, fd: int) -> None: ...
@@ -145,7 +148,18 @@ class Follower:
 
     def _tick(self) -> None:
         os.read(self._timer, 8)
-        self.look()
+        if self._session.ending:
+            return  # what the guest closes now goes with the session
+        try:
+            self.look()
+        except OSError as e:  # of a table: the kernel could not write it
+            self._complain(f"cannot see the guest's ports: {e.strerror}")
+
+    def _complain(self, text: str) -> None:
+        """Once, until it is something else."""
+        if self._said != text:
+            self._said = text
+            self._warn(text)
 
     def _read(self, tables: Mapping[str, int], proto: Proto, names: Iterable[str]) -> Listening:
         return set().union(*(listening(read_table(tables[n], proto), proto) for n in names if n in tables))
@@ -167,9 +181,7 @@ class Follower:
         try:
             made = self._session.change_forwards(new, gone)
         except ForwardError as e:
-            if self._said != str(e):
-                self._said = str(e)
-                self._warn(f"cannot follow the guest's ports: {e}")
+            self._complain(f"cannot follow the guest's ports: {e}")
             return
         for f in gone:
             self._session.tell(api.ForwardRemoved(forward=api.forward_info(f)))

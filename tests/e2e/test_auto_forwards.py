@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from netlab import DEADLINE, GUEST, RINGNET, SERVER, Attached, Netns, Program, run_env
+from netlab import DEADLINE, GUEST, RINGNET, SERVER, Attached, Netns, PlainUser, Program, run_env, sh
 
 from pipeline import api
 from pipeline.client import Client
@@ -76,3 +76,16 @@ def test_a_command_of_run(host_ns: Netns, tmp_path: Path) -> None:
             assert [(f.host_addr, f.host_port) for f in listed] == [("127.0.0.1", 8000)]
         assert "<title>" in host_ns.run("curl", "-sS", "http://127.0.0.1:8000/").stdout
         program.end()
+
+
+def test_a_plain_users_guest(plain_user: PlainUser, host_ns: Netns) -> None:
+    script = f"""
+        ringnet() {{ {plain_user.python} -P -m pipeline "$@"; }}
+        mkfifo /tmp/end
+        ringnet run -q --session mine -t auto -- sh -c 'python3 -m http.server 8000 2>/dev/null & read x < /tmp/end; kill $!' &
+        until ringnet ctl -s mine forward ls 2>/dev/null | grep -q 8000; do kill -0 $! || exit 1; done
+        curl -sS http://localhost:8000/ | grep -o '<title>'
+        echo > /tmp/end
+        wait $!
+        """
+    assert sh(*host_ns.argv(*plain_user.argv("sh", "-c", script)), env=run_env()).stdout == "<title>\n"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import ConfigError, load_toml, make, stage_configs
 from pipeline.forwards import Forward, ForwardError, ForwardSyntaxError, check, parse, parse_all, render
-from pipeline.listeners import PART, Listeners
+from pipeline.listeners import PART, Listeners, bind
 from pipeline.messages import FDS_MAX, ForwardsChange, Rule, decode, encode
 
 OUTGOING = range(32768, 61000)
@@ -153,6 +153,30 @@ def test_a_change_is_bound_at_once_and_undone_at_once() -> None:
     change.abort()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", made.host_port))
+
+
+def test_a_host_without_ipv6_has_ipv4_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.socket
+
+    def no_ipv6(family: int = -1, *args: Any, **more: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *args, **more)
+
+    monkeypatch.setattr(socket, "socket", no_ipv6)
+    for proto in ("tcp", "udp"):
+        with bind(Forward(proto=proto, host_port=0, guest_port=1)) as sock:
+            assert sock.family == socket.AF_INET and sock.getsockname()[0] == "0.0.0.0"
+        with pytest.raises(OSError, match="not supported"):
+            bind(Forward(proto=proto, host_addr="::1", host_port=0, guest_port=1))
+
+
+@pytest.mark.parametrize(("address", "family", "only"), [("", socket.AF_INET6, 0), ("::", socket.AF_INET6, 1),
+                                                         ("::1", socket.AF_INET6, 1), ("0.0.0.0", socket.AF_INET, None)])
+def test_families(address: str, family: int, only: int | None) -> None:
+    with bind(Forward(proto="tcp", host_addr=address, host_port=0, guest_port=1)) as sock:
+        assert sock.family == family
+        assert only is None or sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == only
 
 
 def test_all_skips_what_is_taken() -> None:

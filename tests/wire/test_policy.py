@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from scapy.layers.inet import TCP
 
 from pipeline import api
 from pipeline.egress import refusals
@@ -16,9 +17,10 @@ from pipeline.messages import Notices
 from pipeline.policy import parse_all
 from shm._dataplane import ffi, lib
 from tests.harness import DEADLINE, GATEWAY, GUEST, UDP, EgressOnly, Wire, fresh_ident, fresh_port, udp_server
+from tests.proxy_servers import SocksProxy
 from tests.wire.guest_tcp import ACK, RST, SYN, GuestTcp
 from tests.wire.test_control import answer
-from tests.wire.test_proxy import StageTcp
+from tests.wire.test_proxy import StageTcp, plan
 
 FAR = "203.0.113.7"  # RFC 5737: nobody
 ADMIN = (3, 13)  # RFC 1812 5.2.7.1: communication administratively prohibited
@@ -81,6 +83,17 @@ def test_what_is_allowed_goes_on() -> None:
             guest.recv_echo(ident)
 
 
+def test_what_is_denied_is_not_asked_of_a_proxy() -> None:
+    with SocksProxy() as proxy, EgressOnly(policy=(f"deny out {FAR}",), proxy=plan(proxy.url)) as guest:
+        g = StageTcp(guest, 80, FAR)
+        g.syn()
+        g.expect(RST | ACK)
+        port = fresh_port()
+        guest.send_udp(port, 4242, b"x", FAR)
+        assert guest.recv_error(lambda q: q.sport == port).icmp == ADMIN
+        assert proxy.asked == [] and guest.counters()["proxy_tcp"] == guest.counters()["proxy_udp"] == 0
+
+
 def listen(guest: EgressOnly, sock: socket.socket, port: int) -> int:
     proto = 6 if sock.type & socket.SOCK_STREAM else 17
     slot = lib.stage_egress_listen(guest._stage, ffi.new("struct egress_listener *", {
@@ -114,7 +127,7 @@ def test_a_denied_client_is_reset_and_the_guest_hears_nothing() -> None:
         assert (refused.proto, refused.guest, refused.guest_port, refused.peer) == ("tcp", GUEST, 80, "127.0.0.1")
         assert refused.rule == policy[1]
         with socket.create_connection(where, source_address=("127.0.0.2", 0)):
-            assert guest.recv(lambda p: "TCP" in p and p["TCP"].dport == 80 and p["TCP"].flags == "S")
+            assert guest.recv(lambda p: TCP in p and p[TCP].dport == 80 and p[TCP].flags == "S")
 
 
 def test_a_denied_client_by_ipv6() -> None:
@@ -131,7 +144,7 @@ def test_a_denied_client_by_ipv6() -> None:
                 client.recv(1)
         assert guest.counters()["drop_policy_in"] == 1
         with socket.create_connection(("127.0.0.1", port)):
-            assert guest.recv(lambda p: "TCP" in p and p["TCP"].dport == 80 and p["TCP"].flags == "S")
+            assert guest.recv(lambda p: TCP in p and p[TCP].dport == 80 and p[TCP].flags == "S")
 
 
 def test_a_denied_peers_datagrams_are_dropped_and_counted() -> None:
