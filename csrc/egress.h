@@ -81,6 +81,7 @@ struct flow_priv {
 	/* UDP, ICMP */
 	uint8_t replied; /* a reply came: the long timeout holds (RFC 4787 4.3) */
 	uint8_t big;	 /* UDP: read the next burst into large buffers */
+	uint8_t df;	 /* UDP: what the socket sends has DF */
 	uint16_t ident;	 /* raw ICMP: identifier on the wire */
 };
 

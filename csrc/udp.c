@@ -10,6 +10,8 @@
  *          16 datagrams at once, straight into frame buffers with room for the headers in front. A datagram
  *          longer than the MTU is fragmented. Where datagrams did not fit a small buffer the last time,
  *          the next burst reads into large ones, and what turns out small is copied over to a small one.
+ *   DF     is passed on, both as it is: with it a datagram longer than the path's MTU is not sent, and the guest is told
+ *          which MTU that is (RFC 4787 REQ-13); without it the kernel fragments.
  *   errors IP_RECVERR: what the network says about a datagram is read from the error queue and told to the guest
  *          as ICMP about the packet it sent, from the address that complained. An error sendmsg() returns at
  *          once is told by the gateway.
@@ -91,7 +93,7 @@ static int open_socket(struct egress *e)
 	(void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size));
 	(void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
 	if (setsockopt(fd, IPPROTO_IP, IP_RECVERR, &on, sizeof(on)) < 0 ||
-	    /* the kernel fragments what is longer than the path's MTU, as a router does without DF */
+	    /* as keep_df() for a datagram without DF */
 	    setsockopt(fd, IPPROTO_IP, IP_MTU_DISCOVER, &dont, sizeof(dont)) < 0 ||
 	    bind(fd, (const struct sockaddr *)&any, sizeof(any)) < 0) {
 		int err = -errno;
@@ -133,8 +135,20 @@ static uint32_t new_mapping(struct egress *e, const uint8_t guest[16], uint16_t 
 		eg_drop(e, i);
 		return EG_NONE;
 	}
+	e->priv[i].df = 0;
 	e->s->c[RN_C_udp_mappings]++;
 	return i;
+}
+
+/* The guest's DF is the datagram's. The option is the socket's, but a guest sets DF on all it sends or on nothing. */
+static void keep_df(struct egress *e, uint32_t i, const struct eg_frame *f)
+{
+	struct flow_priv *p = &e->priv[i];
+	uint8_t df = !!(rn_get16(f->ip + RN_IP4_FRAG) & RN_IP4_DF);
+	int how = df ? IP_PMTUDISC_DO : IP_PMTUDISC_DONT;
+
+	if (RN_UNLIKELY(p->df != df) && setsockopt(p->fd, IPPROTO_IP, IP_MTU_DISCOVER, &how, sizeof(how)) == 0)
+		p->df = df;
 }
 
 void udp_refresh(struct egress *e, uint32_t i, int answer)
@@ -193,8 +207,9 @@ static void tell_error(struct egress *e, uint32_t i, const struct sockaddr_in *d
 	eg_icmp_error(e, fl->guest_mac, src, ip, RN_IP4_HLEN + RN_UDP_HLEN + len, ee->ee_type, ee->ee_code, rest);
 }
 
-/* Up to @max entries of the error queue; returns how many there were. */
-static uint32_t read_errors(struct egress *e, uint32_t i, uint32_t max)
+/* Up to @max entries of the error queue; returns how many there were. @mtu: set to what the kernel says is the path's, if a
+ * datagram of ours was longer. */
+static uint32_t read_errors(struct egress *e, uint32_t i, uint32_t max, uint32_t *mtu)
 {
 	uint8_t data[UDP_QUOTE_MAX];
 	union {
@@ -226,6 +241,8 @@ static uint32_t read_errors(struct egress *e, uint32_t i, uint32_t max)
 			    c->cmsg_len < CMSG_LEN(sizeof(ee)))
 				continue;
 			memcpy(&ee, CMSG_DATA(c), sizeof(ee));
+			if (ee.ee_origin == SO_EE_ORIGIN_LOCAL && ee.ee_errno == EMSGSIZE)
+				*mtu = ee.ee_info;
 			if (c->cmsg_len >= CMSG_LEN(sizeof(ee) + sizeof(offender)))
 				memcpy(&offender, CMSG_DATA(c) + sizeof(ee), sizeof(offender));
 			tell_error(e, i, &dst, data, (uint32_t)len, &ee,
@@ -235,8 +252,8 @@ static uint32_t read_errors(struct egress *e, uint32_t i, uint32_t max)
 	return n;
 }
 
-/* Tell the guest why its datagram was not sent. */
-static void tell_unsent(struct egress *e, const struct eg_frame *f, int err)
+/* Tell the guest why its datagram was not sent. @mtu: with EMSGSIZE. */
+static void tell_unsent(struct egress *e, const struct eg_frame *f, int err, uint32_t mtu)
 {
 	uint8_t code;
 
@@ -260,7 +277,7 @@ static void tell_unsent(struct egress *e, const struct eg_frame *f, int err)
 		return;
 	}
 	eg_icmp_error(e, f->eth + 6, e->cfg.gateway4, f->ip, f->len - (uint32_t)(f->ip - f->eth), RN_ICMP_UNREACH, code,
-		      0);
+		      mtu & 0xffff); /* RFC 1191 4 */
 }
 
 /* --- guest to host --- */
@@ -299,13 +316,13 @@ void udp_input(struct egress *e, struct eg_frame *f)
 		}
 	}
 	if (policy_denied_out(e, RN_IPPROTO_UDP, guest, gport, peer, rn_get16(f->l4 + RN_UDP_DPORT))) {
-		tell_unsent(e, f, EPERM);
+		tell_unsent(e, f, EPERM, 0);
 		return;
 	}
 	err = -eg_host_addr(e, gdst, host);
 	if (err) {
 		e->s->c[RN_C_drop_udp_send]++;
-		tell_unsent(e, f, err);
+		tell_unsent(e, f, err, 0);
 		return;
 	}
 	if (proxy_udp_input(e, f))
@@ -336,14 +353,17 @@ void udp_input(struct egress *e, struct eg_frame *f)
 	memcpy(fl->guest_mac, f->eth + 6, 6);
 	udp_refresh(e, i, 0);
 
+	keep_df(e, i, f);
 	r = sendmsg(e->priv[i].fd, &m, MSG_DONTWAIT);
 	if (r < 0 && errno != EAGAIN && errno != ENOBUFS) {
+		uint32_t mtu = 0;
+
 		/* An ICMP error about an earlier datagram is returned by the next call, whatever its destination,
 		 * and then the call did not send. Only a second failure is about this datagram. */
-		read_errors(e, i, UDP_BURST);
+		read_errors(e, i, UDP_BURST, &mtu);
 		r = sendmsg(e->priv[i].fd, &m, MSG_DONTWAIT);
 		if (r < 0)
-			tell_unsent(e, f, errno);
+			tell_unsent(e, f, errno, errno == EMSGSIZE ? mtu : 0);
 	}
 	if (r < 0) {
 		e->s->c[RN_C_drop_udp_send]++;
@@ -476,7 +496,9 @@ int udp_work(struct egress *e, uint32_t i)
 	if (proxy_udp_is(e, i))
 		return proxy_udp_work(e, i);
 	if (p->work & UDP_W_ERROR) {
-		if (read_errors(e, i, UDP_BURST) == UDP_BURST)
+		uint32_t mtu;
+
+		if (read_errors(e, i, UDP_BURST, &mtu) == UDP_BURST)
 			return 1;
 		p->work &= ~UDP_W_ERROR;
 	}

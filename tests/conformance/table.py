@@ -41,7 +41,7 @@ _TERMS = ("syn ack acks fin rst mss udp icmp tcp ttl mtu dns dhcp ip isn sack rt
 
 def _words(name: str) -> str:
     """A test's name as a sentence."""
-    text = re.sub(r"^test_(fault_\d+_)?", "", name).replace("_", " ")
+    text = re.sub(r"^test_(fault_\d+_|req_\d+_)?", "", name).replace("_", " ")
     for term in _TERMS:
         text = re.sub(rf"\b{term}\b", term.upper().replace("ACKS", "ACKs"), text)
     text = text.replace("SYN ACK", "SYN-ACK")
