@@ -22,6 +22,7 @@
 #include "relay.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/epoll.h>
 
@@ -304,8 +305,12 @@ int relay_link_check(struct rn_stage *s, const struct rn_link *link)
 /* The link's buffers, and its events. */
 static int watch(struct rn_stage *s, struct rn_link *link, uint32_t events, uint32_t index)
 {
-	int err;
+	int err, flags = fcntl(link->fd, F_GETFL);
 
+	/* One that blocks would stop the stage, and with it every cancel, until the other side does something. */
+	if (flags < 0 || !(flags & O_NONBLOCK))
+		return rn_fail(s, flags < 0 ? -errno : -EINVAL, "second NIC: descriptor %d %s", link->fd,
+			       flags < 0 ? "is not open" : "blocks: set O_NONBLOCK");
 	if (rn_link_open(link))
 		return rn_fail(s, -ENOMEM, "second NIC: out of memory");
 	err = rn_stage_watch(s, link->fd, events | EPOLLET, RN_EV(RN_TAG_LINK, index));

@@ -200,6 +200,7 @@ def test_udp_echo_of_every_size(attach: Callable[..., Attached], host_ns: Netns,
                     assert s.recv(65535) == sent, f"{size} bytes by {address}"
 
 
+@pytest.mark.fault(42)
 def test_a_port_that_is_taken_ends_the_start(host_ns: Netns, guest_ns: Netns) -> None:
     with host_ns.listen() as taken:
         port = taken.getsockname()[1]

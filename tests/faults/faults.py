@@ -58,20 +58,12 @@ FAULTS: dict[int, str] = {
 }
 
 WAITS: dict[int, str] = {
-    12: "needs RX injection into guest memory (virtqueues); the links here take a frame whole or not at all",
-    18: "needs RX injection into guest memory: a link has no interrupt to hold back",
-    25: "needs inbound forwards",
-    28: "needs inbound forwards",
-    39: "needs NIC2",
-    40: "needs NIC2",
+    18: "needs a link through guest memory (virtqueues), which is not built: the links here have no interrupt to hold back",
 }
 
 PARTS: dict[int, str] = {  # tested as far as it is built
-    16: "the inline flows of RX injection: with it",
-    17: "the inline flows of RX injection: with it",
-    23: "reuse of inbound ports: with inbound forwards",
+    12: "chains of guest memory (virtqueues): with such a link",
+    16: "the inline flows of RX injection: with such a link",
+    17: "the inline flows of RX injection: with such a link",
     26: "IPv6: not served yet",
-    29: "receive-only use of an inbound mapping: with inbound forwards",
-    32: "a list of allowed destinations: with the policy options",
-    42: "forwards that cannot bind: with the control surface",
 }

@@ -281,6 +281,7 @@ def test_end_of_file_of_a_packet_socket() -> None:
     a.close()
 
 
+@pytest.mark.fault(12)
 def test_what_cannot_be_finished_is_a_counted_drop() -> None:
     """Our own error if it happens: a header that asks for segments of what is no TCP, and a frame over the MTU."""
     with Wire() as w:

@@ -130,6 +130,7 @@ def test_many_frames_in_one_write(vm: Vm) -> None:
     assert vm.from_guest() == sent
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("seed", range(6))
 def test_frames_in_pieces_of_any_size(vm: Vm, seed: int) -> None:
     """Cut anywhere: in the length, between two frames, one byte at a time."""
@@ -306,6 +307,7 @@ def test_a_super_frame_becomes_segments(kind: int, n: int) -> None:
         assert count(v.rx, "frames_out") == 1
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("kind", [lib.RN_LINK_STREAM, lib.RN_LINK_DGRAM], ids=["stream", "dgram"])
 def test_a_super_frame_on_a_link_that_is_full_in_its_middle(kind: int) -> None:
     """It was begun, so that it is finished: no segment twice, none missing, and a plain frame behind it stays behind."""

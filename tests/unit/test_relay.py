@@ -130,6 +130,7 @@ def test_what_is_no_frame_is_dropped_by_reason(nic2: Nic2) -> None:
     assert count(nic2.vmnet, "drop_bad_descriptor") == 1
 
 
+@pytest.mark.fault(39)
 def test_a_host_side_that_stands_still_stops_the_reading_and_loses_nothing() -> None:
     """All the way back to the guest's queue; and NIC1's buffers are left alone."""
     with Nic2(host_buffers=1, slots=16) as n:
@@ -161,6 +162,7 @@ def test_nic2_leaves_large_buffers_to_nic1() -> None:
         assert n.nic1_up.fill == 1
 
 
+@pytest.mark.fault(39)
 def test_a_guest_that_does_not_read_holds_back_the_host_but_not_nic1(nic2: Nic2) -> None:
     """guest_rx: neither link, when full, holds the other's frames."""
     with Nic2(slots=16) as n:
@@ -209,6 +211,19 @@ def test_a_closed_helper_ends_the_stage_with_a_reason() -> None:
         assert run(s) == lib.RN_RUN_ERROR
         assert error(s) == "the host side of the second NIC is gone"
     ours.close()
+
+
+@pytest.mark.fault(40)
+def test_a_descriptor_that_blocks_is_refused() -> None:
+    ours, helper = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with Plane({VMNET: (8, 2)}) as p:
+        s = p.stage(VMNET, inputs={TX: Ring(8)}, outputs={lib.RN_ROLE_GUEST: (Ring(8), RX)})
+        assert lib.stage_vmnet_init(s, link(ours, vnet=False), 0) < 0
+        assert "blocks: set O_NONBLOCK" in error(s)
+        ours.setblocking(False)
+        assert lib.stage_vmnet_init(s, link(ours, vnet=False), 0) == 0
+    ours.close()
+    helper.close()
 
 
 @pytest.mark.parametrize("bad", [{"frame_max": 13}, {"frame_max": 65550}])

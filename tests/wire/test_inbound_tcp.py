@@ -169,8 +169,8 @@ def test_nothing_is_taken_before_the_guest_answered(wire: Wire) -> None:
         assert g.pull(5) == b"early"
 
 
+@pytest.mark.fault(25)
 def test_guest_refuses_and_the_client_is_reset(wire: Wire) -> None:
-    """ARCBOX fault 25."""
     known(wire)
     with forward(wire) as rule, client(rule) as host:
         g, _ = asked(wire, rule)
@@ -191,8 +191,9 @@ def test_a_reset_that_acknowledges_something_else_is_ignored(wire: Wire) -> None
         assert g.pull(2) == b"on"
 
 
+@pytest.mark.fault(25)
 def test_client_that_resets_early_stops_the_syns(wire: Wire) -> None:
-    """ARCBOX fault 25: no SYN goes on; the guest may have seen one, so it gets a RST without ACK, which a stack in
+    """No SYN goes on; the guest may have seen one, so it gets a RST without ACK, which a stack in
     SYN-RECEIVED takes."""
     known(wire)
     with forward(wire) as rule:
@@ -285,6 +286,7 @@ def test_syn_ack_without_options(wire: Wire) -> None:
         assert max(sizes) == 536
 
 
+@pytest.mark.fault(23)
 def test_source_port_in_use_is_replaced(wire: Wire) -> None:
     """Two clients with one port, on different loopback addresses, are both the gateway: their tuples must differ."""
     known(wire)
@@ -302,6 +304,7 @@ def test_source_port_in_use_is_replaced(wire: Wire) -> None:
             assert g2.pull(3) == b"two"
 
 
+@pytest.mark.fault(23)
 def test_a_closed_tuple_in_time_wait_is_not_used_again(wire: Wire) -> None:
     known(wire)
     with forward(wire) as rule:
@@ -346,6 +349,7 @@ def test_close_flows_resets_both_sides(wire: Wire) -> None:
         assert is_reset(host)
 
 
+@pytest.mark.fault(42)
 def test_a_rule_that_cannot_be_bound_changes_nothing(wire: Wire) -> None:
     """All or none, with every reason."""
     with forward(wire) as rule, socket.create_server(("127.0.0.1", 0)) as taken:
@@ -462,6 +466,7 @@ def test_syn_is_sent_at_0_1_3_and_7_seconds_and_given_up_at_15() -> None:
             assert g.flows() == []
 
 
+@pytest.mark.fault(25)
 def test_no_more_syns_for_a_client_that_closed() -> None:
     """A port scanner's connect and close: the first SYN may be answered, no second one is sent."""
     with Alone() as g:
@@ -504,8 +509,8 @@ def test_a_guest_that_never_spoke_is_asked_by_arp() -> None:
             assert g.counters()["arp_requests"] == 2
 
 
+@pytest.mark.fault(31)
 def test_the_guests_mac_address_may_change() -> None:
-    """ARCBOX fault 31."""
     with Alone() as g:
         g.learn()
         g.mac = "52:54:ab:00:00:77"
@@ -515,8 +520,9 @@ def test_the_guests_mac_address_may_change() -> None:
             assert g.segment().dst == g.mac
 
 
+@pytest.mark.fault(31)
 def test_a_guest_with_another_lease_is_served_there() -> None:
-    """ARCBOX fault 31: a rule that names no guest address means the guest."""
+    """A rule that names no guest address means the guest."""
     with EgressOnly() as g:
         sock = socket.create_server(("127.0.0.1", 0))
         address = sock.getsockname()

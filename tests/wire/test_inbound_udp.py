@@ -56,8 +56,9 @@ def reply(guest: Guest, to: Datagram, data: bytes) -> None:
     guest.send_udp(to.dport, to.sport, data, to.src)
 
 
+@pytest.mark.fault(28)
 def test_a_peer_has_one_port_and_gets_its_answers(wire: Wire) -> None:
-    """ARCBOX fault 28: not a new port for each datagram."""
+    """Not a new port for each datagram."""
     known(wire)
     with forward(wire) as rule, peer(rule.host_port) as one, peer(rule.host_port) as two:
         seen = {}
@@ -201,6 +202,19 @@ class Alone(EgressOnly):
         return sum(1 for f in self.flows() if f.proto == UDP)
 
 
+@pytest.mark.fault(29)
+def test_a_guest_that_only_listens_sees_one_peer_for_as_long_as_it_speaks() -> None:
+    """Like a log server: it never answers, and the peer's port towards it stays."""
+    with Alone() as g, peer(g.port) as s:
+        g.stop_clock()
+        seen = set()
+        for n in range(20):
+            s.send(b"%d" % n)
+            seen.add(g.recv_udp(53).sport)
+            g.advance(29)
+        assert len(seen) == 1 and g.counters()["udp_inbound_mappings"] == 1
+
+
 def test_timeouts() -> None:
     """30 s until the guest answered, then 180 s of silence (RFC 4787 4.3)."""
     with Alone() as g, peer(g.port) as s:
@@ -221,6 +235,7 @@ def test_timeouts() -> None:
         assert g.mappings() == 0
 
 
+@pytest.mark.fault(28)
 def test_the_table_is_bounded_and_the_oldest_goes() -> None:
     """And outsiders never cost the guest a mapping of its own."""
     with Alone(udp_max=4) as g, contextlib.ExitStack() as stack, udp_server() as server:

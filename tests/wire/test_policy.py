@@ -30,6 +30,7 @@ def told(guest: EgressOnly, policy: tuple[str, ...]) -> list[tuple[str, str, int
     return [(r.proto, r.peer, r.peer_port, r.reason, r.rule) for r in refusals(guest._stage, parse_all(policy))]
 
 
+@pytest.mark.fault(32)
 def test_a_denied_connection_is_reset_at_once() -> None:
     policy = (f"deny out tcp {FAR} port 22", f"deny out {FAR}/24 port 80-89")
     with EgressOnly(policy=policy) as guest:
@@ -64,6 +65,7 @@ def test_a_denied_datagram_and_ping_get_icmp_and_are_told_once() -> None:
         assert [t[:3] for t in told(guest, policy)] == [("udp", FAR, 4242)]
 
 
+@pytest.mark.fault(32)
 def test_what_is_allowed_goes_on() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, udp_server() as echo:
         allowed = f"allow out {GATEWAY} port {server.getsockname()[1]},{echo.getsockname()[1]}"
