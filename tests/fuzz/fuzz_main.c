@@ -1,4 +1,5 @@
-/* fuzz_main.c - the driver for fuzz targets where there is no libFuzzer: seeded, bounded, repeatable.
+/* fuzz_main.c - the driver for fuzz targets: seeded, bounded, repeatable, without coverage. Built with -DLIBFUZZER it only
+ * gives libFuzzer, which then drives, the targets' own generators to mutate with (at the end of this file).
  *
  *   fuzz_X [-seed S] [-runs N] [-seconds T] [-first I] [-keep DIR] [SEEDFILE...]
  *
@@ -31,6 +32,8 @@
 #endif
 
 #define INPUT_CAP 65536u
+
+#ifndef LIBFUZZER
 #define FILES_CAP 4096u
 
 static struct {
@@ -49,14 +52,9 @@ struct file {
 	size_t len;
 };
 
-uint32_t fuzz_rnd(uint32_t below) /* splitmix64 */
+static uint64_t *random_state(void)
 {
-	uint64_t z = driver.state += 0x9e3779b97f4a7c15ull;
-
-	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-	z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-	z ^= z >> 31;
-	return below ? (uint32_t)((z >> 32) % below) : 0;
+	return &driver.state;
 }
 
 /* The target is dying: say which input it was, and keep it. Only calls that are allowed in a signal handler. */
@@ -239,4 +237,48 @@ int main(int argc, char **argv)
 	for (uint32_t i = 0; i < n; i++)
 		free(files[i].data);
 	return 0;
+}
+
+#else /* LIBFUZZER */
+
+static uint64_t mutator_state;
+
+static uint64_t *random_state(void)
+{
+	return &mutator_state;
+}
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max, unsigned int seed);
+
+/* Mostly what libFuzzer does itself; one in eight times a stretch of what the target's generator makes goes somewhere into
+ * the input, as bytes that mean something to the target are seldom hit upon. */
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max, unsigned int seed)
+{
+	static uint8_t made[INPUT_CAP];
+	size_t at, n;
+
+	mutator_state = seed;
+	if (fuzz_rnd(8) || !max)
+		return LLVMFuzzerMutate(data, size, max);
+	n = fuzz_generate(made, sizeof(made));
+	if (n > 512)
+		n = 16 + fuzz_rnd(496);
+	at = size ? fuzz_rnd((uint32_t)size + 1) : 0;
+	if (n > max - at)
+		n = max - at;
+	memcpy(data + at, made, n);
+	return at + n > size ? at + n : size;
+}
+
+#endif
+
+uint32_t fuzz_rnd(uint32_t below) /* splitmix64 */
+{
+	uint64_t z = *random_state() += 0x9e3779b97f4a7c15ull;
+
+	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+	z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+	z ^= z >> 31;
+	return below ? (uint32_t)((z >> 32) % below) : 0;
 }

@@ -1,7 +1,7 @@
 /* fuzz_main.h - what a fuzz target gives its driver, and the other way round.
  *
- * A target defines LLVMFuzzerTestOneInput() and the two functions below. Under clang -fsanitize=fuzzer libFuzzer is the
- * driver and they are not called; otherwise fuzz_main.c is.
+ * A target defines LLVMFuzzerTestOneInput() and the two functions below. Under clang -fsanitize=fuzzer -DLIBFUZZER libFuzzer
+ * is the driver, which has fuzz_generate() called now and then; otherwise fuzz_main.c is.
  */
 #ifndef FUZZ_MAIN_H
 #define FUZZ_MAIN_H

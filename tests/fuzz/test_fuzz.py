@@ -7,17 +7,18 @@ from __future__ import annotations
 import importlib
 import os
 import random
-import shutil
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.fuzz import pyfuzz, targets
-from tests.fuzz.targets import C_TARGETS, ENV, PYTHON_TARGETS
+from tests.fuzz.targets import C_TARGETS, ENV, LIBFUZZER_TARGETS, PYTHON_TARGETS
 
 LONG = bool(os.environ.get("RINGNET_LONG"))
 RUNS = {"egress": 1200, "reassembly": 6000, "link": 1500, "dhcp": 300, "dns": 300, "control": 100}
+COVERED_RUNS = {"classify": 30_000, "egress": 150, "reassembly": 2000, "link": 600}  # by libFuzzer: a few seconds each
 MINUTES = 5  # each, with RINGNET_LONG
 # A generator that no longer gets anywhere would find nothing either: so much at least, for the runs above.
 REACHED = {
@@ -60,6 +61,38 @@ def test_c_target(name: str, programs: dict[str, Path], tmp_path: Path) -> None:
     assert all(found[k] >= v for k, v in REACHED[name].items()), found
 
 
+@pytest.fixture(scope="module")
+def covered_parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return targets.objects(tmp_path_factory.mktemp("covered"), "libfuzzer")
+
+
+@pytest.mark.xdist_group("libfuzzer")
+@pytest.mark.timeout(60 * MINUTES + 400 if LONG else 300)
+@pytest.mark.parametrize("name", LIBFUZZER_TARGETS)
+def test_libfuzzer(name: str, covered_parts: list[Path], tmp_path: Path) -> None:
+    """The same targets, but led by what they cover; an input that fails is kept and named."""
+    program = targets.build(name, tmp_path / "fuzz", covered_parts, engine="libfuzzer")
+    keep = Path(os.environ.get("RINGNET_FUZZ_KEEP", tmp_path))
+    much = f"-max_total_time={60 * MINUTES}" if LONG else f"-runs={COVERED_RUNS[name]}"
+    done = subprocess.run([str(program), "-seed=1", "-max_len=16384", "-print_final_stats=1", much, f"-artifact_prefix={keep}/",
+                           str(targets.corpus(name, tmp_path / "corpus"))], env=ENV, capture_output=True, text=True,
+                          timeout=60 * MINUTES + 300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    executed = int(re.findall(r"stat::number_of_executed_units: +(\d+)", done.stderr)[0])
+    covered = [int(n) for n in re.findall(r"\bcov: (\d+)", done.stderr)]
+    assert executed >= COVERED_RUNS[name] and max(covered) > min(covered) > 0, done.stderr[-3000:]
+
+
+@pytest.mark.xdist_group("libfuzzer")
+def test_libfuzzer_keeps_what_failed(covered_parts: list[Path], tmp_path: Path) -> None:
+    program = targets.build("egress", tmp_path / "plant", covered_parts, "-DPLANT", engine="libfuzzer")
+    done = subprocess.run([str(program), "-seed=1", "-runs=2000", "-max_len=16384", f"-artifact_prefix={tmp_path}/",
+                           str(targets.corpus("egress", tmp_path / "corpus"))], env=ENV, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "ACK of what was sent" in done.stderr
+    (kept,) = tmp_path.glob("crash-*")
+    assert kept.stat().st_size > 0
+
+
 @pytest.mark.xdist_group("fuzz")
 @pytest.mark.parametrize("name", C_TARGETS)
 def test_c_target_is_repeatable(name: str, programs: dict[str, Path], tmp_path: Path) -> None:
@@ -78,21 +111,6 @@ def test_the_egress_oracle_can_say_no(parts: list[Path], tmp_path: Path) -> None
     assert "died in run" in done.stderr and len(list(tmp_path.glob("crash-1-*"))) == 1
     (kept,) = tmp_path.glob("crash-1-*")
     assert _run(program, kept, keep=tmp_path, check=False).returncode in (0, -6), "a kept input can be replayed"
-
-
-@pytest.mark.xdist_group("fuzz")
-@pytest.mark.parametrize("name", C_TARGETS)
-def test_libfuzzer_form(name: str, tmp_path: Path) -> None:
-    """The same target under clang's libFuzzer; where there is no clang it at least has no main() of its own."""
-    if shutil.which("clang"):
-        program = targets.build_libfuzzer(name, tmp_path / "libfuzzer")
-        subprocess.run([str(program), "-runs=500", "-seed=1", f"-artifact_prefix={tmp_path}/"], env=ENV, check=True, timeout=200)
-        return
-    out = tmp_path / "f.o"
-    subprocess.run(["gcc", *targets.FLAGS, "-fsanitize=address", "-DLIBFUZZER", "-c", str(targets.HERE / f"fuzz_{name}.c"),
-                    "-o", str(out)], check=True)
-    symbols = subprocess.run(["nm", "--defined-only", str(out)], capture_output=True, text=True, check=True).stdout.split()
-    assert "LLVMFuzzerTestOneInput" in symbols and "main" not in symbols
 
 
 @pytest.mark.timeout(60 * MINUTES + 100 if LONG else 120)

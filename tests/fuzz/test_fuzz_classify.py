@@ -1,8 +1,10 @@
-"""The C fuzzer of classify's parsing, built with the sanitizers: a bounded, repeatable run over tests/frames."""
+"""The C fuzzer of classify's parsing, built with the sanitizers: a bounded, repeatable run over tests/frames.
+
+The same target under libFuzzer: test_fuzz.py.
+"""
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -53,19 +55,3 @@ def test_fuzzer_sees_a_planted_overflow(corpus: Path, tmp_path: Path) -> None:
     done = run(program, corpus, ITERATIONS, 1, check=False)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr and "fuzz_classify.c" in done.stderr
-
-
-@pytest.mark.xdist_group("fuzz")
-def test_libfuzzer_target(corpus: Path, tmp_path: Path) -> None:
-    """The same target under clang's libFuzzer; where there is no clang it at least compiles, without a main()."""
-    if not shutil.which("clang"):
-        subprocess.run(["gcc", *FLAGS, "-DLIBFUZZER", "-c", str(SOURCES[0]), "-o", str(tmp_path / "f.o")], check=True)
-        symbols = run("/usr/bin/nm", "--defined-only", tmp_path / "f.o").stdout.split()
-        assert "LLVMFuzzerTestOneInput" in symbols and "main" not in symbols
-        return
-    program = build(tmp_path / "libfuzzer", "clang", "-fsanitize=fuzzer,address,undefined", "-DLIBFUZZER")
-    seeds = tmp_path / "seeds"
-    seeds.mkdir()
-    for f in frames.load():
-        (seeds / f.name).write_bytes(b"\1" + (f.vnet_data or bytes(12)) + f.data)
-    run(program, seeds, "-runs=20000", "-seed=1", f"-artifact_prefix={tmp_path}/")
