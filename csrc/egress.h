@@ -7,7 +7,9 @@
 #ifndef RN_EGRESS_H
 #define RN_EGRESS_H
 
+#include "rn_fdpass.h"
 #include "rn_flow.h"
+#include "rn_promote.h"
 #include "rn_proto.h"
 #include "rn_stage.h"
 
@@ -28,7 +30,13 @@ struct egress_config {
 	char dns_path[108];	/* abstract Unix address of services' DNS-over-TCP (without the leading NUL), "": none */
 	uint64_t seed;		/* 0: real clock; else ISNs and ids are repeatable */
 };
+struct egress_promote { /* promotion of settled flows to guest_tx and guest_rx (rn_promote.h) */
+	int tx_fd, rx_fd;	/* SOCK_SEQPACKET to them: sockets of flows (rn_fdpass.h) */
+	uint32_t after;		/* segments with data, both ways, until a flow is settled */
+};
 int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, const struct egress_config *cfg);
+/* Then, if flows are to be promoted: 0, or -ENOMEM with rn_stage_error() set. @cfg is copied; descriptors stay the caller's. */
+int stage_egress_promote(struct rn_stage *s, const struct egress_promote *cfg);
 int stage_egress_step(struct rn_stage *s, int timeout_ms, uint64_t now_ns); /* for tests */
 uint64_t stage_egress_due(struct rn_stage *s); /* for tests: when the loop would wake for a timer, ns */
 
@@ -78,6 +86,13 @@ struct flow_priv {
 	uint64_t rto_at, ack_at, life_at; /* ns of each reason for the timer, UINT64_MAX none */
 	uint32_t sndbuf; /* bytes the host socket's send buffer holds, as last asked */
 	uint32_t flags;
+	/* promotion (promote.c) */
+	uint8_t fast;	     /* FP_* */
+	uint8_t fast_backoff; /* times down was taken back without having been of use for long */
+	uint64_t fast_at;    /* ns: down is not offered before */
+	/* Where the host socket and the halves stood when they were first offered: what repairs a half whose owner was killed */
+	uint64_t base_sent, base_read;	/* bytes the kernel took from us, bytes taken out of the socket */
+	uint32_t base_rcv, base_una;	/* rcv_nxt, snd_una */
 	/* UDP, ICMP */
 	uint8_t replied; /* a reply came: the long timeout holds (RFC 4787 4.3) */
 	uint8_t big;	 /* UDP: read the next burst into large buffers */
@@ -121,6 +136,7 @@ struct egress {
 	struct tcp_state *tcp;
 	struct proxy_state *px; /* proxy.c; NULL: everything goes directly */
 	struct policy_state *policy; /* policy.c; NULL: everything is allowed */
+	struct promote *fast; /* promote.c; NULL: flows stay here */
 	struct inbound *in;
 	struct eg_backlog *backlog, **backlog_end; /* datagrams for the guest that found no room, oldest first */
 	uint32_t nbacklog;
@@ -198,6 +214,24 @@ static inline void eg_refused(struct egress *e, uint8_t proto, const uint8_t gue
 	eg_refused_by(e, proto, guest, gport, peer, pport, error, -1);
 }
 
+/* --- promote.c --- */
+enum { /* flow_priv.fast */
+	FP_TX = 1u << 0,   /* guest_tx has, or is about to have, the socket */
+	FP_RX = 1u << 1,   /* guest_rx likewise */
+	FP_LENT = 1u << 2, /* up was handed to guest_tx; it may have come back by itself */
+	FP_DOWN = 1u << 3  /* down was handed to guest_rx, likewise */
+};
+const struct egress_promote *promote_config(const struct egress *e); /* NULL: flows stay here */
+void promote_fini(struct egress *e);
+/* Hand the flow's socket to guest_tx (@tx) or guest_rx, and offer it. 0, or -errno: not now. */
+int promote_offer(struct egress *e, uint32_t i, int tx, const struct rn_pass *p);
+/* The flow ends: whoever has its socket closes it. Its halves are egress's already. */
+void promote_close(struct egress *e, uint32_t i);
+void promote_notice(struct egress *e, uint32_t i, enum rn_flow_notice notice, int tx, uint32_t gen);
+/* A stage is a new process: it has no sockets. @tx: guest_tx, else guest_rx. */
+void promote_reset(struct egress *e, int tx);
+int promote_turn(struct egress *e); /* notices that found no room earlier; 1: some went out */
+
 /* --- stage_egress.c: output to the guest --- */
 /* The Ethernet header's place in a buffer of eg_out_buf(). */
 static inline uint8_t *eg_eth(struct rn_buf *b)
@@ -235,6 +269,8 @@ int tcp_init(struct egress *e);
 void tcp_fini(struct egress *e); /* RST or FIN what lives, free parked */
 void tcp_input(struct egress *e, struct eg_frame *f);
 void tcp_event(struct egress *e, uint32_t i, uint32_t events);
+void tcp_take_back(struct egress *e, uint32_t i); /* tcp_promote.c: both halves */
+void tcp_notice(struct egress *e, uint32_t i, enum rn_flow_notice n); /* about a TCP flow, its generation checked */
 /* Told to: both sides see a reset. 0, or -ENOENT if it is on its way out already. */
 int tcp_close_flow(struct egress *e, uint32_t i);
 void tcp_timer(struct egress *e, uint32_t i);

@@ -5,8 +5,11 @@
  * is not in here: flow_priv in egress.h.
  *
  * Each flow has two halves, up (guest to host) and down (host to guest). A half is owned by one stage at
- * a time: the owner word holds stage row + 1 and is changed by compare-and-swap only; nobody else touches
- * the half's other fields (F1/F2 below order them).
+ * a time: the owner word holds stage row + 1 and is changed by compare-and-swap only; nobody else writes
+ * the half's other fields (F1/F2 below order them). rn_promote.h has the rules by which halves move.
+ *
+ * What the guest acknowledged comes in by the owner of up and is needed by the owner of down: it crosses over in
+ * struct rn_acks, which neither half is in.
  */
 #ifndef RN_FLOW_H
 #define RN_FLOW_H
@@ -33,9 +36,21 @@ struct rn_half_up { /* guest to host; sequence numbers are the guest's */
 	uint32_t rcv_adv; /* right edge of the window advertised */
 	uint8_t wscale;	  /* our shift, 0 if not agreed */
 	uint8_t fin;	  /* RN_FIN_* */
-	uint8_t pad[2];
+	uint8_t torn;	  /* 1: its owner was killed at work on it: rcv_nxt may be behind what send() took */
+	uint8_t pad;
 	uint32_t parked;    /* bytes kept in early or waiting segments */
+	uint32_t acked;	    /* rcv_nxt as the guest was last told; whoever tells it writes it, relaxed */
 	uint64_t bytes, packets;
+};
+struct rn_acks { /* from the guest, to the owner of down while that is not egress; sequence numbers are ours */
+	/* acknowledgment number << 32 | window, bytes. K1 release compare-and-swap by the owner of up, pairs K2 acquire load
+	 * by the owner of down: what the guest sent before. */
+	_Atomic uint64_t ack_wnd;
+	_Atomic uint64_t at_ns; /* when it came, CLOCK_MONOTONIC; relaxed: for the round-trip time */
+	/* K3 seq_cst store by the owner of down before it looks at ack_wnd once more and lets go of the flow, pairs K4
+	 * seq_cst exchange by the owner of up after it wrote ack_wnd: enum rn_acks_want. */
+	_Atomic uint32_t want;
+	_Atomic uint32_t want_ack; /* RN_WANT_ACK: from this number on; written before want */
 };
 struct rn_half_down { /* host to guest; sequence numbers are ours */
 	_Atomic uint32_t owner; /* F1, F2 as above */
@@ -48,6 +63,7 @@ struct rn_half_down { /* host to guest; sequence numbers are ours */
 	uint8_t wscale;		  /* guest's shift, 0 if not agreed */
 	uint8_t fin;		  /* RN_FIN_* */
 	uint32_t srtt_us, rttvar_us, rto_us; /* RFC 6298 */
+	uint32_t torn; /* 1: its owner was killed at work on it: snd_una may be behind what was taken out of the socket */
 	uint32_t retransmits;
 	uint64_t bytes, packets;
 };
@@ -66,9 +82,11 @@ struct rn_flow {
 	uint32_t flags;
 	uint64_t created_ns, last_ns; /* CLOCK_MONOTONIC; last_ns: last frame either way */
 	alignas(RN_CACHE_LINE) struct rn_half_up up;
+	alignas(RN_CACHE_LINE) struct rn_acks acks;
 	alignas(RN_CACHE_LINE) struct rn_half_down down;
 };
 _Static_assert(sizeof(struct rn_half_up) <= RN_CACHE_LINE, "one line a half: two owners never share one");
+_Static_assert(sizeof(struct rn_acks) <= RN_CACHE_LINE, "one line");
 _Static_assert(sizeof(struct rn_half_down) <= 2 * RN_CACHE_LINE, "down half");
 _Static_assert(sizeof(struct rn_flow) % RN_CACHE_LINE == 0, "entries start on a line");
 

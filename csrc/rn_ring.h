@@ -32,6 +32,8 @@ struct rn_desc {
 /* CFFI END */
 
 #define RN_DESC_VNET 1u /* the 12 bytes before @off hold a virtio-net header that means something */
+#define RN_DESC_FLOW 2u /* no frame: a notice about a flow (rn_promote.h) */
+#define RN_NOTICE_OFF (1ull << 63) /* of such a one: in no arena, so that it is never taken for a frame */
 
 struct rn_ring {
 	uint32_t magic;	 /* RN_RING_MAGIC */

@@ -240,6 +240,8 @@ static int unserved(void *ctx, const struct rn_desc *d)
 	const struct rn_stage *s = ctx;
 	const struct rn_buf *b = rn_buf_of(&s->pool, d);
 
+	if (d->flags & RN_DESC_FLOW)
+		return 1; /* a notice may be repeated (rn_promote.h) */
 	return b && atomic_load_explicit(&b->holder, memory_order_relaxed) == s->row + 1;
 }
 
@@ -588,6 +590,21 @@ int rn_stage_room(struct rn_stage *s, int role, uint32_t want)
 	if (!room)
 		s->want_room[role] |= 1;
 	return room;
+}
+
+int rn_stage_notice(struct rn_stage *s, int role, uint16_t flags, uint32_t index, uint32_t gen)
+{
+	struct rn_desc d = { .off = RN_NOTICE_OFF | index, .len = gen, .flags = flags };
+	int room = s->has_out[role] ? rn_ring_room(&s->out[role], 1) : 0;
+
+	if (RN_UNLIKELY(room <= 0)) {
+		if (room < 0)
+			bad_output(s, role);
+		s->want_room[role] |= 1;
+		return -EAGAIN;
+	}
+	rn_ring_put(&s->out[role], &d);
+	return 0;
 }
 
 int rn_stage_peek(struct rn_stage *s, uint32_t i, uint32_t max)

@@ -22,6 +22,7 @@ enum rn_role { /* what a producer calls an output ring; inputs have none and are
 	RN_ROLE_SERVICE,      /* DHCP, DNS */
 	RN_ROLE_GUEST,	      /* frames to be written to the guest's link */
 	RN_ROLE_HOSTNET,      /* whole frames to the host bridge (NIC2) */
+	RN_ROLE_OFFER,	      /* notices about flows to the stage that runs them guest to host (rn_promote.h) */
 	RN_NROLES
 };
 
@@ -61,7 +62,7 @@ int rn_stage_set_wake(struct rn_stage *s, int fd);
 int rn_stage_recover(struct rn_stage *s);
 /* For tests of the network: a bad wire (rn_impair.h) between this stage and output @where (enum rn_role); or,
  * for @where == RN_IMPAIR_LINK and a stage that has one, between it and its link. After the outputs. */
-#define RN_IMPAIR_LINK 5 /* RN_NROLES */
+#define RN_IMPAIR_LINK 6 /* RN_NROLES */
 int rn_stage_set_impair(struct rn_stage *s, int where, const struct rn_impair_spec *spec);
 /* For a stage whose loop is not in C: frames the bad wires hold, and ms until one wants a look (-1: none). */
 uint64_t rn_stage_impair_held(const struct rn_stage *s);
@@ -238,6 +239,9 @@ void rn_stage_publish(struct rn_stage *s);
 /* Put a finished frame on an output: @eth points at the Ethernet header inside @b. The caller has seen
  * rn_stage_room(). Counts nothing. */
 void rn_stage_emit(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, uint32_t len, uint16_t flags);
+
+/* Put a notice (rn_promote.h) on an output, past its bad wire if it has one. 0, or -EAGAIN: full, want_room is set. */
+int rn_stage_notice(struct rn_stage *s, int role, uint16_t flags, uint32_t index, uint32_t gen);
 
 /* Slots free on output @role, 0 if full (want_room is then set) or absent. Never negative: an impossible
  * head makes the stage end with an error after the turn. */

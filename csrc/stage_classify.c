@@ -280,13 +280,16 @@ static void reassembled(struct rn_stage *s, struct stage_classify *c, const stru
 /* One descriptor. 1: done with it; 0: no room towards egress, it stays in the ring. */
 static int classify_one(struct rn_stage *s, struct stage_classify *c, const struct rn_desc *d)
 {
-	struct rn_buf *b = rn_stage_buf(s, d);
+	struct rn_buf *b;
 	struct rn_vnet_hdr vnet;
 	enum rn_verdict verdict;
 	struct rn_parsed p;
 	struct ra_done done;
 	struct rn_view v;
 
+	if (RN_UNLIKELY(d->flags & RN_DESC_FLOW)) /* guest_tx to egress, behind the frames before it (rn_promote.h) */
+		return !rn_stage_notice(s, RN_ROLE_BRIDGE, d->flags, (uint32_t)d->off, d->len);
+	b = rn_stage_buf(s, d);
 	if (RN_UNLIKELY(!b)) {
 		/* guest_tx, taken over, can publish anything; there is no buffer to free. */
 		s->c[RN_C_frames_in]++;

@@ -26,6 +26,7 @@
 #include "policy.h"
 #include "proxy.h"
 #include "rn_csum.h"
+#include "rn_tcpseg.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -521,7 +522,11 @@ void eg_close_fd(struct egress *e, uint32_t i)
 
 	if (p->fd < 0)
 		return;
-	close(p->fd); /* the only descriptor of this socket: epoll forgets it with the close */
+	if (p->fast) { /* others hold the socket too: a close would leave it in epoll */
+		(void)epoll_ctl(e->s->epfd, EPOLL_CTL_DEL, p->fd, NULL);
+		promote_close(e, i);
+	}
+	close(p->fd); /* else the only descriptor: epoll forgets it with the close */
 	p->fd = -1;
 	e->nfds--;
 }
@@ -684,21 +689,7 @@ struct rn_buf *eg_out_buf(struct egress *e, enum rn_buf_class cls)
 static void put_ip4(struct egress *e, uint8_t *eth, const uint8_t mac[6], const uint8_t src[4], const uint8_t dst[4],
 		    uint8_t proto, uint8_t ttl, uint16_t id, uint16_t frag, uint32_t l4_len)
 {
-	uint8_t *ip = eth + RN_ETH_HLEN;
-
-	memcpy(eth, mac, 6);
-	memcpy(eth + 6, e->cfg.gateway_mac, 6);
-	rn_put16(eth + 12, RN_ETHERTYPE_IPV4);
-	ip[0] = 0x45; /* RFC 791 3.1: version 4, five words */
-	ip[RN_IP4_TOS] = 0;
-	rn_put16(ip + RN_IP4_LEN, (uint16_t)(RN_IP4_HLEN + l4_len));
-	rn_put16(ip + RN_IP4_ID, id);
-	rn_put16(ip + RN_IP4_FRAG, frag);
-	ip[RN_IP4_TTL] = ttl;
-	ip[RN_IP4_PROTO] = proto;
-	memcpy(ip + RN_IP4_SRC, src, 4);
-	memcpy(ip + RN_IP4_DST, dst, 4);
-	rn_csum_ip4(ip, RN_IP4_HLEN);
+	rn_ip4_build(eth, mac, e->cfg.gateway_mac, src, dst, proto, ttl, id, frag, l4_len);
 }
 
 void eg_ip4_header(struct egress *e, uint8_t *eth, const uint8_t mac[6], const uint8_t src[4], const uint8_t dst[4],
@@ -974,6 +965,23 @@ static void take_frame(struct egress *e, uint32_t input, const struct rn_desc *d
 		rn_buf_free(&s->pool, b);
 }
 
+/* guest_rx gives a flow back, or guest_tx has a barrier (rn_promote.h). */
+static void take_notice(struct egress *e, const struct rn_desc *d, uint32_t row)
+{
+	uint32_t i = rn_fn_flow(d);
+
+	if (i >= e->nflows || !e->fast) {
+		e->s->c[RN_C_drop_bad_descriptor]++;
+		return;
+	}
+	if (rn_fn_of(d) == RN_FN_RESET)
+		promote_reset(e, row != e->s->out_row[RN_ROLE_GUEST]); /* guest_tx's comes by classify */
+	else if (e->priv[i].proto == RN_IPPROTO_TCP && eg_flow(e, i)->gen == d->len)
+		tcp_notice(e, i, rn_fn_of(d));
+	else if (rn_fn_of(d) == RN_FN_BARRIER) /* the flow is gone; whoever waits need not */
+		promote_notice(e, i, RN_FN_BARRIER_OVER, 1, d->len);
+}
+
 static int run_input(struct egress *e)
 {
 	struct rn_stage *s = e->s;
@@ -985,7 +993,10 @@ static int run_input(struct egress *e)
 		for (int j = 0; j < n; j++) {
 			struct rn_desc d = rn_ring_at(&s->in[k], (uint32_t)j);
 
-			take_frame(e, k, &d);
+			if (d.flags & RN_DESC_FLOW)
+				take_notice(e, &d, s->in_row[k]);
+			else
+				take_frame(e, k, &d);
 			rn_tap_done(s);
 		}
 		if (n)
@@ -1037,6 +1048,7 @@ static int egress_turn(struct rn_stage *s)
 	struct egress *e = s->priv;
 	int did = run_input(e);
 
+	did |= promote_turn(e);
 	did |= run_backlog(e);
 	did |= inbound_turn(e);
 	did |= run_work(e);
@@ -1095,6 +1107,7 @@ static void egress_free(struct egress *e)
 	}
 	proxy_fini(e);
 	policy_fini(e);
+	promote_fini(e);
 	free(e->hash);
 	free(e->priv);
 	free(e);

@@ -15,6 +15,9 @@
  * The virtio-net header was written by the producer. For a peer that takes none the link completes checksums and cuts
  * segments while it writes (rn_link.h); a frame that does not fit its header is an error of ours and drop_link_write.
  *
+ * Promoted flows (fast_down.c) get their turn after the rings, so that bulk never keeps a small frame waiting longer than
+ * its budget.
+ *
  * What the link has taken and not yet given to the kernel goes out at the end of each turn; while the kernel does not
  * take it, the link counts as full.
  *
@@ -24,7 +27,7 @@
  * The second NIC, if there is one, is a link of its own (relay.c) that takes vmnet's ring and no other: neither link,
  * when full, holds back the other's frames.
  *
- * system calls: write, sendto, sendmsg, sendmmsg (link), epoll_ctl, fstat, lseek, ftruncate (capture)
+ * system calls: write, sendto, sendmsg, sendmmsg (link), epoll_ctl, fstat, lseek, ftruncate (capture), and fast_down.c's
  */
 #include "stage_guest_rx.h"
 
@@ -45,6 +48,7 @@ struct stage_guest_rx {
 	int blocked;	      /* 1: the link said EAGAIN and no event came since */
 	int broken;	      /* negative errno: the link's peer has left; 0 when stage_guest_rx_broken() has told it */
 	int told;	      /* 1: it was noticed, once a link */
+	struct fast_down *fast; /* promoted flows; NULL: none are */
 	struct rn_buf *spent[BURST];
 	uint32_t nspent;
 	uint64_t pcap_written, pcap_lost; /* as last taken over */
@@ -148,9 +152,15 @@ static int flush_link(struct rn_stage *s, struct stage_guest_rx *g)
 static int take_one(struct rn_stage *s, struct stage_guest_rx *g, uint32_t input, const struct rn_desc *d)
 {
 	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
-	struct rn_buf *b = rn_stage_buf(s, d);
+	struct rn_buf *b;
 	const uint8_t *eth;
 
+	if (d->flags & RN_DESC_FLOW) {
+		if (g->fast)
+			fast_down_notice(g->fast, d);
+		return 1;
+	}
+	b = rn_stage_buf(s, d);
 	if (RN_UNLIKELY(!b)) {
 		s->c[RN_C_frames_in]++;
 		s->c[RN_C_drop_bad_descriptor]++;
@@ -168,6 +178,24 @@ static int take_one(struct rn_stage *s, struct stage_guest_rx *g, uint32_t input
 	s->c[RN_C_frames_in]++;
 	s->c[RN_C_bytes_in] += d->len;
 	g->spent[g->nspent++] = b;
+	return 1;
+}
+
+/* fast_down.c's way to the link. */
+static int out(struct rn_stage *s, const uint8_t *eth, uint32_t len)
+{
+	struct stage_guest_rx *g = s->priv;
+	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
+
+	if (RN_LIKELY(!im)) {
+		if (!write_link(s, g, eth, len)) {
+			rn_tap_undo(s);
+			return 0;
+		}
+		rn_tap_done(s);
+		return 1;
+	}
+	rn_stage_impair_feed(s, im, eth, len, RN_DESC_VNET, NULL);
 	return 1;
 }
 
@@ -224,6 +252,14 @@ static int guest_rx_turn(struct rn_stage *s)
 			s->next_in = (i + 1) % s->nin;
 		did += (int)k;
 	}
+	if (g->fast && !g->blocked && !closed) {
+		int r = im && !rn_stage_impair_open(s, im) ? 0 : fast_down_turn(g->fast);
+
+		if (r < 0)
+			err = wait_writable(s, g);
+		else
+			did += r;
+	}
 	if (RN_UNLIKELY(im))
 		did += arrived(s, g, im, &err);
 	if (rn_link_held(&g->link) && !g->blocked && !err)
@@ -249,9 +285,17 @@ static void guest_rx_event(struct rn_stage *s, uint32_t tag, uint32_t index, uin
 {
 	struct stage_guest_rx *g = s->priv;
 
-	(void)events; /* on an error as well: the write tells */
 	if (tag == RN_TAG_LINK)
-		*(index ? &g->nic2.blocked : &g->blocked) = 0;
+		*(index ? &g->nic2.blocked : &g->blocked) = 0; /* on an error as well: the write tells */
+	else if (tag == RN_TAG_FLOW && g->fast)
+		fast_down_event(g->fast, index, events);
+}
+
+static uint64_t guest_rx_deadline(struct rn_stage *s)
+{
+	struct stage_guest_rx *g = s->priv;
+
+	return g->fast ? fast_down_deadline(g->fast) : UINT64_MAX;
 }
 
 /* Draining ends when the kernel has all. */
@@ -274,6 +318,7 @@ static void guest_rx_fini(struct rn_stage *s)
 	rn_link_close(&g->link);
 	if (g->has_nic2)
 		relay_out_fini(&g->nic2);
+	fast_down_free(g->fast);
 	free(g);
 	s->priv = NULL;
 }
@@ -282,6 +327,7 @@ static const struct rn_stage_ops guest_rx_ops = {
 	.turn = guest_rx_turn,
 	.event = guest_rx_event,
 	.drained = guest_rx_drained,
+	.deadline = guest_rx_deadline,
 	.fini = guest_rx_fini,
 };
 
@@ -372,4 +418,14 @@ int stage_guest_rx_nic2(struct rn_stage *s, const struct rn_link *link, uint32_t
 	err = relay_out_watch(s, &g->nic2);
 	g->has_nic2 = !err;
 	return err;
+}
+
+int stage_guest_rx_promote(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_down_config *cfg)
+{
+	struct stage_guest_rx *g = s->priv;
+
+	g->fast = fast_down_new(s, flows, flows_size, cfg, out);
+	if (!g->fast)
+		return s->error[0] ? -EINVAL : rn_fail(s, -ENOMEM, "guest_rx: out of memory");
+	return 0;
 }

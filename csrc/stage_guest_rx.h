@@ -2,6 +2,7 @@
 #ifndef RN_STAGE_GUEST_RX_H
 #define RN_STAGE_GUEST_RX_H
 
+#include "fast_down.h"
 #include "rn_link.h"
 #include "rn_stage.h"
 
@@ -13,5 +14,7 @@ int stage_guest_rx_link(struct rn_stage *s, const struct rn_link *link);
 int stage_guest_rx_broken(struct rn_stage *s);
 /* After it: the guest's second NIC, which takes what the stage of row @producer_row sends, and nothing else. */
 int stage_guest_rx_nic2(struct rn_stage *s, const struct rn_link *link, uint32_t producer_row);
+/* As stage_guest_tx_promote(). */
+int stage_guest_rx_promote(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_down_config *cfg);
 /* CFFI END */
 #endif

@@ -18,6 +18,8 @@
  *
  * What is checked here is what needs no parsing: length, and the virtio-net header against the length.
  *
+ * Frames of promoted flows end here (fast_up.c); with them comes a ring from egress, which carries notices only.
+ *
  * The link may be set anew while the stage runs: a virtual machine that was started again comes with a socket of its own.
  * Without one (descriptor -1) there is nothing to read. A stream that lost its framing is of no more use; the stage stops
  * reading it and tells its Python half once, which tells the supervisor.
@@ -25,7 +27,7 @@
  * The second NIC, if there is one, is a link of its own (relay.c): its frames go to vmnet unparsed, and never use the
  * last NIC1_LARGE large buffers, so that a host side that stands still does not stop this one.
  *
- * system calls: read, recv, getsockopt (link), epoll_ctl, write, fstat, lseek, ftruncate (capture)
+ * system calls: read, recv, getsockopt (link), epoll_ctl, write, fstat, lseek, ftruncate (capture), and fast_up.c's
  */
 #include "stage_guest_tx.h"
 
@@ -47,6 +49,7 @@ struct stage_guest_tx {
 	int readable;	      /* 1: the link has not said EAGAIN since its last event */
 	int gone;	      /* 1: end of file, or the device is no more */
 	int broken;	      /* negative errno: why the link is of no more use; 0 when it was told */
+	struct fast_up *fast; /* promoted flows; NULL: none are */
 	uint64_t pcap_written, pcap_lost; /* as last taken over */
 	int has_nic2;
 	struct relay_in nic2;
@@ -129,8 +132,11 @@ static int frame_ok(struct rn_stage *s, const struct stage_guest_tx *t, uint8_t 
 
 static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, uint32_t len, uint16_t flags)
 {
-	struct rn_buf *b = len <= RN_SMALL_FRAME_MAX ? rn_buf_alloc(&s->pool, RN_SMALL) : NULL;
+	struct rn_buf *b;
 
+	if (t->fast && fast_up_take(t->fast, eth, len, flags))
+		return;
+	b = len <= RN_SMALL_FRAME_MAX ? rn_buf_alloc(&s->pool, RN_SMALL) : NULL;
 	if (b) {
 		uint8_t *small = (uint8_t *)b + RN_BUF_ETH_OFF;
 
@@ -143,12 +149,14 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 	rn_stage_emit(s, RN_ROLE_CLASSIFY, b, eth, len, flags);
 	s->c[RN_C_frames_out]++;
 	s->c[RN_C_bytes_out] += len;
+	if (t->fast)
+		fast_up_sent(t->fast);
 }
 
 /* Where the next frame goes, with room for it to go on: the Ethernet header's place, or NULL. */
 static uint8_t *place(struct rn_stage *s, struct stage_guest_tx *t)
 {
-	if (!rn_stage_room(s, RN_ROLE_CLASSIFY, 1))
+	if (!rn_stage_room(s, RN_ROLE_CLASSIFY, 1) || (t->fast && !fast_up_open(t->fast)))
 		return NULL;
 	if (!t->spare)
 		t->spare = rn_buf_alloc(&s->pool, RN_LARGE);
@@ -182,11 +190,33 @@ static uint32_t arrived(struct rn_stage *s, struct stage_guest_tx *t, struct rn_
 	return n;
 }
 
+/* What egress says about flows. */
+static uint32_t notices(struct rn_stage *s, struct stage_guest_tx *t)
+{
+	uint32_t did = 0;
+
+	for (uint32_t i = 0; i < s->nin; i++) {
+		uint32_t n = (uint32_t)rn_stage_peek(s, i, BURST);
+
+		for (uint32_t k = 0; k < n; k++) {
+			struct rn_desc d = rn_ring_at(&s->in[i], k);
+
+			if (d.flags & RN_DESC_FLOW)
+				fast_up_notice(t->fast, &d);
+			else
+				s->c[RN_C_drop_bad_descriptor]++;
+		}
+		rn_ring_consume(&s->in[i], n);
+		did += n;
+	}
+	return did;
+}
+
 static int guest_tx_turn(struct rn_stage *s)
 {
 	struct stage_guest_tx *t = s->priv;
 	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
-	uint32_t n = 0;
+	uint32_t n = 0, told = t->fast ? notices(s, t) : 0;
 
 	/* Draining: what the guest sends from now on stays in the link. */
 	for (; !s->draining && n < BURST && t->readable && !t->gone && !rn_stage_paused(s); n++) {
@@ -218,22 +248,32 @@ static int guest_tx_turn(struct rn_stage *s)
 	}
 	if (RN_UNLIKELY(im))
 		n += arrived(s, t, im);
+	if (t->fast)
+		(void)fast_up_flush(t->fast); /* what is left waits for what it asked for */
 	if (t->pcap) {
 		rn_pcap_flush(t->pcap);
 		count_pcap(s, t);
 	}
 	if (t->has_nic2)
 		n += (uint32_t)relay_in_turn(s, &t->nic2);
-	return (int)n;
+	return (int)(n + told);
 }
 
 static void guest_tx_event(struct rn_stage *s, uint32_t tag, uint32_t index, uint32_t events)
 {
 	struct stage_guest_tx *t = s->priv;
 
-	(void)events; /* whatever it is, reading tells */
 	if (tag == RN_TAG_LINK)
-		*(index ? &t->nic2.readable : &t->readable) = 1;
+		*(index ? &t->nic2.readable : &t->readable) = 1; /* whatever it is, reading tells */
+	else if (tag == RN_TAG_FLOW && t->fast)
+		fast_up_event(t->fast, index, events);
+}
+
+static uint64_t guest_tx_deadline(struct rn_stage *s)
+{
+	struct stage_guest_tx *t = s->priv;
+
+	return t->fast ? fast_up_deadline(t->fast) : UINT64_MAX;
 }
 
 static void guest_tx_fini(struct rn_stage *s)
@@ -245,6 +285,7 @@ static void guest_tx_fini(struct rn_stage *s)
 		count_pcap(s, t);
 		rn_pcap_free(t->pcap);
 	}
+	fast_up_free(t->fast);
 	rn_buf_free(&s->pool, t->spare);
 	rn_link_close(&t->link);
 	if (t->has_nic2)
@@ -256,6 +297,7 @@ static void guest_tx_fini(struct rn_stage *s)
 static const struct rn_stage_ops guest_tx_ops = {
 	.turn = guest_tx_turn,
 	.event = guest_tx_event,
+	.deadline = guest_tx_deadline,
 	.fini = guest_tx_fini,
 };
 
@@ -344,4 +386,14 @@ int stage_guest_tx_nic2(struct rn_stage *s, const struct rn_link *link)
 	err = relay_in_watch(s, &t->nic2);
 	t->has_nic2 = !err;
 	return err;
+}
+
+int stage_guest_tx_promote(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_up_config *cfg)
+{
+	struct stage_guest_tx *t = s->priv;
+
+	t->fast = fast_up_new(s, &t->link, flows, flows_size, cfg);
+	if (!t->fast)
+		return s->error[0] ? -EINVAL : rn_fail(s, -ENOMEM, "guest_tx: out of memory");
+	return 0;
 }

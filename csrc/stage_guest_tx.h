@@ -2,6 +2,7 @@
 #ifndef RN_STAGE_GUEST_TX_H
 #define RN_STAGE_GUEST_TX_H
 
+#include "fast_up.h"
 #include "rn_link.h"
 #include "rn_stage.h"
 
@@ -15,5 +16,7 @@ int stage_guest_tx_link(struct rn_stage *s, const struct rn_link *link);
 int stage_guest_tx_broken(struct rn_stage *s);
 /* After it: the guest's second NIC, whose frames go to output HOSTNET. 0 or a negative errno. */
 int stage_guest_tx_nic2(struct rn_stage *s, const struct rn_link *link);
+/* Then, if flows may be promoted: 0, or a negative errno. @flows, mapped read-write, must outlive the stage. */
+int stage_guest_tx_promote(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_up_config *cfg);
 /* CFFI END */
 #endif

@@ -61,16 +61,14 @@ int tcp_init(struct egress *e)
 	t->flow = calloc(e->nflows, sizeof(*t->flow));
 	t->nodes = calloc(TCP_NODES, sizeof(*t->nodes));
 	t->scratch = malloc(TCP_SCRATCH);
-	t->skip = calloc(1024, sizeof(*t->skip)); /* UIO_MAXIOV */
-	if (!t->flow || !t->nodes || !t->scratch || !t->skip)
+	rn_peek_skip_init(&t->skip);
+	if (!t->flow || !t->nodes || !t->scratch)
 		return rn_fail(e->s, -ENOMEM, "tcp: out of memory");
 	for (uint32_t i = 0; i < TCP_NODES; i++) {
 		t->nodes[i].next = t->free_nodes;
 		t->free_nodes = &t->nodes[i];
 	}
 	t->nfree = TCP_NODES;
-	for (uint32_t i = 0; i < 1024; i++)
-		t->skip[i].iov_base = t->scratch;
 	t->peek_off = e->cfg.peek_offset < 0 ? probe_peek_off() : e->cfg.peek_offset;
 	if (e->cfg.peek_offset == 1 && !probe_peek_off())
 		return rn_fail(e->s, -ENOTSUP, "this kernel has no SO_PEEK_OFF for TCP (Linux 6.9): use peek = \"discard\"");
@@ -101,6 +99,7 @@ void tcp_gone(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
 
+	tcp_take_back(e, i); /* what it finds to do is not done any more */
 	if (get_state(eg_flow(e, i)) == RN_FL_CONNECTING)
 		e->pending--;
 	else if (get_state(eg_flow(e, i)) == RN_FL_SYN_SENT)
@@ -118,7 +117,12 @@ void tcp_abort_host(struct egress *e, uint32_t i)
 	struct linger lg = { .l_onoff = 1, .l_linger = 0 };
 	struct flow_priv *p = &e->priv[i];
 
-	if (p->fd >= 0 && !p->is_unix)
+	tcp_take_back(e, i);
+	if (p->fast) { /* others hold the socket too: its close would be theirs. A connect to nowhere resets it now (connect(2)). */
+		const struct sockaddr none = { .sa_family = AF_UNSPEC };
+
+		(void)connect(p->fd, &none, sizeof(none));
+	} else if (p->fd >= 0 && !p->is_unix)
 		(void)setsockopt(p->fd, SOL_SOCKET, SO_LINGER, &lg, sizeof(lg)); /* a socket in error refuses: gone anyway */
 	eg_close_fd(e, i);
 }
@@ -145,6 +149,7 @@ int tcp_close_flow(struct egress *e, uint32_t i)
 	}
 	if (e->priv[i].work & (W_RST | W_FAIL))
 		return -ENOENT;
+	tcp_take_back(e, i);
 	eg_count(e, i, RN_C_tcp_closed_by_control);
 	tcp_abort_host(e, i);
 	tcp_park_drop(e, i);
@@ -169,7 +174,7 @@ void tcp_maybe_closed(struct egress *e, uint32_t i)
 	struct flow_priv *p = &e->priv[i];
 
 	if (!(f->up.fin & RN_FIN_SENT) || !(f->down.fin & RN_FIN_ACKED) || get_state(f) == RN_FL_TIME_WAIT)
-		return;
+		return; /* a flow with a FIN is not lent: both halves are ours */
 	eg_count(e, i, RN_C_tcp_closed);
 	eg_close_fd(e, i); /* all was read and acknowledged, all was written: a plain close */
 	if (!(p->flags & F_WE_FIRST) && !(p->work & W_ACK)) {
@@ -224,6 +229,8 @@ int tcp_work(struct egress *e, uint32_t i)
 		tcp_gone(e, i);
 		return 0;
 	}
+	if (p->fast) /* what is to be done here is done with halves of our own */
+		tcp_take_up(e, i);
 	if (p->work & W_SYN) {
 		if (get_state(f) == RN_FL_SYN_SENT && tcp_send_syn(e, i))
 			return -1;
@@ -288,6 +295,14 @@ int tcp_work(struct egress *e, uint32_t i)
 			return 0;
 		}
 	}
+	if (p->work & W_BARRIER) {
+		/* All that came before it was handed to the host or parked: guest_tx may read on. */
+		p->work &= ~(uint32_t)W_BARRIER;
+		promote_notice(e, i, RN_FN_BARRIER_OVER, 1, f->gen);
+	}
+	tcp_promote(e, i);
+	if (p->fast & FP_DOWN)
+		more = 0;
 	return more;
 }
 
@@ -300,6 +315,11 @@ void tcp_event(struct egress *e, uint32_t i, uint32_t events)
 
 	if (p->fd < 0)
 		return;
+	if (p->fast & FP_DOWN) {
+		/* Room for what is parked, which is up's, and ours while it is; or the socket's end. */
+		if (events & (EPOLLERR | EPOLLHUP | EPOLLRDHUP | EPOLLPRI | EPOLLIN))
+			tcp_take_back(e, i);
+	}
 	if (get_state(f) == RN_FL_SYN_SENT) {
 		tcp_in_event(e, i, events);
 		return;
@@ -381,11 +401,11 @@ void tcp_timer(struct egress *e, uint32_t i)
 			return;
 		}
 		if (st == RN_FL_ESTABLISHED) { /* keepalive: is the guest still there? (RFC 9293 3.8.4) */
-			uint64_t idle = e->s->now - f->last_ns;
+			uint64_t idle = e->s->now - RN_LOOK(f->last_ns); /* of a promoted flow too */
 
 			if (idle < TCP_KEEPALIVE_NS && !p->probes) {
 				p->life_at = f->last_ns + TCP_KEEPALIVE_NS;
-			} else if (p->probes++ >= TCP_KEEPALIVE_PROBES) {
+			} else if (tcp_take_back(e, i), p->probes++ >= TCP_KEEPALIVE_PROBES) {
 				give_up(e, i);
 				return;
 			} else {
@@ -456,29 +476,11 @@ void tcp_timer(struct egress *e, uint32_t i)
 
 /* --- segments from the guest --- */
 
-/* RFC 6298 2.2, 2.3 */
-void tcp_rtt_sample(struct rn_flow *f, uint64_t ns)
-{
-	uint32_t r = (uint32_t)(ns / 1000u), rto;
-
-	if (!f->down.srtt_us) {
-		f->down.srtt_us = r ? r : 1;
-		f->down.rttvar_us = r / 2;
-	} else {
-		uint32_t d = r > f->down.srtt_us ? r - f->down.srtt_us : f->down.srtt_us - r;
-
-		f->down.rttvar_us = f->down.rttvar_us - f->down.rttvar_us / 4 + d / 4;
-		f->down.srtt_us = f->down.srtt_us - f->down.srtt_us / 8 + r / 8;
-	}
-	rto = f->down.srtt_us + 4 * f->down.rttvar_us;
-	f->down.rto_us = rto < TCP_RTO_MIN_US ? TCP_RTO_MIN_US : rto > TCP_RTO_MAX_US ? TCP_RTO_MAX_US : rto;
-}
-
 /**
- * new_ack() - The guest acknowledged up to sg->ack
+ * tcp_new_ack() - The guest acknowledged up to sg->ack
  * Return: 0, or -1: the host side broke, the flow is on its way out.
  */
-static int new_ack(struct egress *e, uint32_t i, uint32_t ack)
+int tcp_new_ack(struct egress *e, uint32_t i, uint32_t ack)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
@@ -597,60 +599,27 @@ static int got_rst(struct egress *e, uint32_t i, const struct seg *sg)
 	return 0;
 }
 
-/* A segment of a connection in a synchronized state: RFC 9293 3.10.7.4 in its order. */
-static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct seg *sg)
+/* Fifth, ACK, of RFC 9293 3.10.7.4, and what RFC 5681, 6582 and 6675 make of it. @old: all its sequence numbers were here
+ * before. 0, or -1: the segment ends here. */
+static int ack_part(struct egress *e, uint32_t i, const struct eg_frame *fr, const struct seg *sg, int old)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
-	uint32_t fin = !!(sg->flags & RN_TH_FIN), end = sg->seq + sg->len + fin, wnd = rcv_wnd(f);
-	int old, beyond, keep_data = 1, dup = 0;
 	uint32_t held = 0; /* bytes the guest holds out of order */
+	int fin = !!(sg->flags & RN_TH_FIN), dup = 0;
 
-	/* First, sequence number. */
-	old = SEQ_LT(sg->seq, f->up.rcv_nxt) && SEQ_LE(end, f->up.rcv_nxt);
-	beyond = SEQ_GT(sg->seq, f->up.rcv_adv) || (sg->seq == f->up.rcv_adv && sg->len + fin && !(fin && !sg->len && !wnd));
-	if (sg->flags & RN_TH_RST) {
-		if (!old && !(beyond && wnd))
-			got_rst(e, i, sg);
-		else if (sg->seq == f->up.rcv_nxt)
-			got_rst(e, i, sg);
-		return;
-	}
-	/* Fourth, SYN: a challenge ACK whatever its number (RFC 5961 4.2). */
-	if (sg->flags & RN_TH_SYN) {
-		challenge(e, i);
-		return;
-	}
-	if (!(sg->flags & RN_TH_ACK))
-		return;
-	if (old) {
-		/* Nothing new in it (a keepalive probe, a resent segment whose ACK was lost): answer, and look at the ACK. */
-		e->s->c[RN_C_tcp_duplicate_segments]++;
-		eg_work(e, i, W_ACK);
-		keep_data = 0;
-	} else if (beyond) {
-		eg_count(e, i, RN_C_drop_tcp_outside_window);
-		eg_work(e, i, W_ACK);
-		/* RFC 9293 3.10.7.4: with a closed window ACKs of a segment at the edge are still taken. */
-		if (sg->seq != f->up.rcv_nxt)
-			return;
-		keep_data = 0;
-	}
-	p->probes = 0;
-
-	/* Fifth, ACK. */
 	if (SEQ_GT(sg->ack, f->down.snd_max) || SEQ_LT(sg->ack, f->down.snd_una - e->tcp->flow[i].wnd_max)) {
 		eg_count(e, i, RN_C_drop_tcp_bad_ack);
 		challenge(e, i);
-		return;
+		return -1;
 	}
 	uint32_t scaled = sg->wnd << f->down.wscale;
 	struct tcp_flow *x = &e->tcp->flow[i];
 	int news = SEQ_GT(sg->ack, f->down.snd_una);
 
 	if (news) {
-		if (new_ack(e, i, sg->ack))
-			return;
+		if (tcp_new_ack(e, i, sg->ack))
+			return -1;
 	} else if (sg->ack == f->down.snd_una && f->down.snd_max != f->down.snd_una && !sg->len && !fin &&
 		   scaled == f->down.snd_wnd && !old) {
 		/* Duplicate ACK (RFC 5681 2). */
@@ -697,6 +666,59 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 				eg_work(e, i, W_DOWN);
 		}
 	}
+	return 0;
+}
+
+/* A segment of a connection in a synchronized state: RFC 9293 3.10.7.4 in its order. */
+static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct seg *sg)
+{
+	struct flow_priv *p = &e->priv[i];
+	struct rn_flow *f = eg_flow(e, i);
+	uint32_t fin = !!(sg->flags & RN_TH_FIN), end = sg->seq + sg->len + fin, wnd;
+	int old, beyond, keep_data = 1;
+
+	tcp_take_up(e, i);
+	if ((p->fast & FP_DOWN) && !tcp_pass_ack(e, i, sg, fr->l4_hlen)) {
+		tcp_take_down(e, i);
+		if (p->work & W_RST)
+			return;
+	}
+	wnd = rcv_wnd(f);
+	/* First, sequence number. */
+	old = SEQ_LT(sg->seq, f->up.rcv_nxt) && SEQ_LE(end, f->up.rcv_nxt);
+	beyond = SEQ_GT(sg->seq, f->up.rcv_adv) || (sg->seq == f->up.rcv_adv && sg->len + fin && !(fin && !sg->len && !wnd));
+	if (sg->flags & RN_TH_RST) {
+		if (!old && !(beyond && wnd))
+			got_rst(e, i, sg);
+		else if (sg->seq == f->up.rcv_nxt)
+			got_rst(e, i, sg);
+		return;
+	}
+	/* Fourth, SYN: a challenge ACK whatever its number (RFC 5961 4.2). */
+	if (sg->flags & RN_TH_SYN) {
+		challenge(e, i);
+		return;
+	}
+	if (!(sg->flags & RN_TH_ACK))
+		return;
+	if (old) {
+		/* Nothing new in it (a keepalive probe, a resent segment whose ACK was lost): answer, and look at the ACK. */
+		e->s->c[RN_C_tcp_duplicate_segments]++;
+		eg_work(e, i, W_ACK);
+		keep_data = 0;
+	} else if (beyond) {
+		eg_count(e, i, RN_C_drop_tcp_outside_window);
+		eg_work(e, i, W_ACK);
+		/* RFC 9293 3.10.7.4: with a closed window ACKs of a segment at the edge are still taken. */
+		if (sg->seq != f->up.rcv_nxt)
+			return;
+		keep_data = 0;
+	}
+	p->probes = 0;
+
+	/* Fifth, ACK; guest_rx reads it while down is its own. */
+	if (!(p->fast & FP_DOWN) && ack_part(e, i, fr, sg, old))
+		return;
 
 	/* Seventh, the text; eighth, FIN. */
 	if (keep_data && (sg->len || fin)) {
@@ -895,6 +917,7 @@ void tcp_fini(struct egress *e)
 
 			if (f->proto != RN_IPPROTO_TCP || st == RN_FL_FREE)
 				continue;
+			tcp_take_back(e, i);
 			if (st == RN_FL_ESTABLISHED || st == RN_FL_SYN_RCVD || st == RN_FL_SYN_SENT) {
 				struct rn_buf *b = eg_out_buf(e, RN_SMALL);
 				uint8_t flags = st == RN_FL_SYN_SENT ? RN_TH_RST : RN_TH_RST | RN_TH_ACK;
@@ -913,7 +936,6 @@ void tcp_fini(struct egress *e)
 	free(t->flow);
 	free(t->nodes);
 	free(t->scratch);
-	free(t->skip);
 	free(t);
 	e->tcp = NULL;
 }

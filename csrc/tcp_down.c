@@ -19,43 +19,10 @@ static ssize_t peek(struct egress *e, uint32_t i, uint32_t off, uint8_t *to, uin
 	struct tcp_state *t = e->tcp;
 	ssize_t n;
 
-	if (p->flags & F_PEEK_OFF) {
-		if (p->peeked != off) {
-			int o = (int)off;
-
-			if (setsockopt(p->fd, SOL_SOCKET, SO_PEEK_OFF, &o, sizeof(o)) < 0)
-				return -errno;
-			p->peeked = off;
-		}
-		do
-			n = recv(p->fd, to, len, MSG_PEEK | MSG_DONTWAIT);
-		while (n < 0 && errno == EINTR);
-		if (n < 0)
-			return -errno;
-		p->peeked += (uint32_t)n;
-		return n;
-	}
-	struct msghdr m = { .msg_iov = t->skip };
-	uint32_t left = off;
-
-	while (left && m.msg_iovlen < 1023) {
-		t->skip[m.msg_iovlen].iov_base = t->scratch;
-		t->skip[m.msg_iovlen].iov_len = left < TCP_SCRATCH ? left : TCP_SCRATCH;
-		left -= (uint32_t)t->skip[m.msg_iovlen++].iov_len;
-	}
-	if (left)
-		return -EAGAIN; /* 63 MiB in flight: no window is that large */
-	t->skip[m.msg_iovlen].iov_base = to;
-	t->skip[m.msg_iovlen++].iov_len = len;
-	do
-		n = recvmsg(p->fd, &m, MSG_PEEK | MSG_DONTWAIT);
-	while (n < 0 && errno == EINTR);
-	t->skip[m.msg_iovlen - 1].iov_base = t->scratch;
-	if (n < 0)
-		return -errno;
-	if ((uint32_t)n < off)
-		return -EAGAIN; /* the kernel stopped at a boundary (urgent mark): no more for now */
-	if ((uint32_t)n == off) {
+	if (p->flags & F_PEEK_OFF)
+		return rn_peek_at(p->fd, &p->peeked, off, to, len);
+	n = rn_peek_past(p->fd, &t->skip, off, to, len);
+	if (n == 0) {
 		/* Nothing behind what is in flight: more to come, or the end? With data queued the peek cannot tell. */
 		struct tcp_info ti;
 		socklen_t l = sizeof(ti), el = sizeof(int);
@@ -78,29 +45,26 @@ static ssize_t peek(struct egress *e, uint32_t i, uint32_t off, uint8_t *to, uin
 			       ? 0
 			       : -EAGAIN;
 	}
-	return n - (ssize_t)off;
+	return n;
 }
 
 /* Take @n acknowledged bytes out of the host socket. 0 or -errno. */
 int tcp_discard(struct egress *e, uint32_t i, uint32_t n)
 {
 	struct flow_priv *p = &e->priv[i];
+	struct tcp_state *t = e->tcp;
 
-	while (n) {
-		ssize_t k;
+	if (!p->is_unix)
+		return rn_peek_discard(p->fd, &p->peeked, n);
+	while (n) { /* Unix sockets do not know MSG_TRUNC so */
+		ssize_t k = recv(p->fd, t->scratch, n < TCP_SCRATCH ? n : TCP_SCRATCH, MSG_DONTWAIT);
 
-		/* tcp(7): MSG_TRUNC discards. Unix sockets do not know it: read into the scratch page. */
-		if (p->is_unix)
-			k = recv(p->fd, e->tcp->scratch, n < TCP_SCRATCH ? n : TCP_SCRATCH, MSG_DONTWAIT);
-		else
-			k = recv(p->fd, NULL, n, MSG_TRUNC | MSG_DONTWAIT);
 		if (k < 0 && errno == EINTR)
 			continue;
 		if (k <= 0)
 			return k < 0 ? -errno : -EPIPE;
 		n -= (uint32_t)k;
-		/* The kernel moves its peek offset back with us (not below 0). */
-		p->peeked = p->peeked > (uint32_t)k ? p->peeked - (uint32_t)k : 0;
+		p->peeked = p->peeked > (uint32_t)k ? p->peeked - (uint32_t)k : 0; /* the kernel's moves back with us */
 	}
 	return 0;
 }

@@ -7,6 +7,10 @@
 #define RN_TCP_INTERNAL_H
 
 #include "egress.h"
+#include "rn_peek.h"
+#include "rn_promote.h"
+#include "rn_tcpseg.h"
+#include "tcp_rtt.h"
 
 #include <sys/epoll.h>
 
@@ -15,7 +19,7 @@
 #define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
 #define SEQ_GE(a, b) ((int32_t)((a) - (b)) >= 0)
 
-#define TCP_WSCALE 7u		 /* our shift: 8 MiB, above the kernel's largest send buffer estimate */
+#define TCP_WSCALE RN_TCP_WSCALE
 #define TCP_SLACK (128u << 10)	 /* bytes of window beyond the host's free space */
 #define TCP_SLACK_LOW (16u << 10) /* the same when much is parked already */
 #define TCP_PARK_MAX (32u << 20) /* bytes parked, all flows */
@@ -23,9 +27,6 @@
 #define TCP_NODES_RESERVE 1024u	 /* of which these are for in-order segments on their way to send() */
 #define TCP_FLUSH_IOV 64u	 /* segments a sendmsg() */
 #define TCP_PUMP 4u		 /* frames a flow may send before the next one's turn */
-#define TCP_RTO_INIT_US 1000000u /* RFC 6298 2.1 */
-#define TCP_RTO_MIN_US 200000u	 /* below RFC 6298 2.4's 1 s, as Linux: the link has no delay of its own */
-#define TCP_RTO_MAX_US 60000000u /* RFC 6298 2.5 */
 #define TCP_RETRIES 12u		 /* about 6 minutes at the maximum; RFC 9293 3.8.3 R2 >= 100 s */
 #define TCP_SYN_RETRIES 5u
 #define TCP_RTO_SYN_LOST_US 3000000u /* RFC 6298 5.7 */
@@ -53,7 +54,8 @@ enum { /* flow_priv.work: what there is to do */
 	W_FAIL = 1u << 5,  /* connect failed (tcp_flow.error): tell the guest, then drop */
 	W_PROBE = 1u << 6, /* window probe or keepalive */
 	W_REXMIT = 1u << 7, /* one segment at snd_una again */
-	W_SYN = 1u << 8	    /* of a forward: SYN to the guest */
+	W_SYN = 1u << 8,    /* of a forward: SYN to the guest */
+	W_BARRIER = 1u << 9 /* guest_tx waits until the segments before this are dealt with (rn_promote.h) */
 };
 
 enum { /* flow_priv.flags */
@@ -120,7 +122,7 @@ struct tcp_state {
 	uint64_t parked; /* bytes in memory of our own */
 	struct rn_buf *spare; /* large buffer to peek into: most reads fit a small one afterwards */
 	uint8_t *scratch;
-	struct iovec *skip; /* discard vector of the fallback: all entries are the scratch page */
+	struct rn_peek_skip skip; /* for kernels without SO_PEEK_OFF on TCP */
 	int peek_off;	    /* 1 use SO_PEEK_OFF, 0 do not */
 };
 
@@ -154,12 +156,21 @@ static inline uint64_t us(uint64_t n)
 
 /* tcp.c */
 void tcp_set_timer(struct egress *e, uint32_t i);
-void tcp_rtt_sample(struct rn_flow *f, uint64_t ns);
 uint64_t tcp_rto_after(struct egress *e, uint32_t i);
 void tcp_gone(struct egress *e, uint32_t i);
 void tcp_abort_host(struct egress *e, uint32_t i);
 void tcp_host_reset(struct egress *e, uint32_t i);
 void tcp_maybe_closed(struct egress *e, uint32_t i);
+
+int tcp_new_ack(struct egress *e, uint32_t i, uint32_t ack);
+
+/* tcp_promote.c */
+void tcp_promote(struct egress *e, uint32_t i);	  /* offer what is settled */
+void tcp_take_up(struct egress *e, uint32_t i);	  /* the half is ours when this returns */
+void tcp_take_down(struct egress *e, uint32_t i); /* likewise; the flow may be on its way out: work has W_RST */
+void tcp_blocked(struct egress *e, uint32_t i);	  /* F_BLOCKED was set: EPOLLOUT must come */
+/* Down is guest_rx's: is this segment's ACK one to pass on? 1: it was; 0: take down back and read it. */
+int tcp_pass_ack(struct egress *e, uint32_t i, const struct seg *sg, uint32_t hlen);
 
 /* tcp_open.c */
 void tcp_open(struct egress *e, struct eg_frame *fr, struct seg *sg, const uint8_t guest[16], uint16_t gport,
@@ -188,7 +199,7 @@ void tcp_sack_round(struct egress *e, uint32_t i);
 uint32_t tcp_sack_hole(struct egress *e, uint32_t i, uint32_t seq, uint32_t *end, int below);
 
 /* tcp_out.c */
-void tcp_emit(struct egress *e, const struct rn_flow *f, struct rn_buf *b, uint32_t seq, uint32_t ack, uint8_t flags,
+void tcp_emit(struct egress *e, struct rn_flow *f, struct rn_buf *b, uint32_t seq, uint32_t ack, uint8_t flags,
 	      uint16_t wnd, const uint8_t *opt, uint32_t optlen, uint32_t len, uint32_t mss);
 uint16_t tcp_window_field(const struct flow_priv *p, struct rn_flow *f);
 void tcp_reply_rst(struct egress *e, const struct eg_frame *fr, const struct seg *sg);

@@ -1,59 +1,30 @@
 /* tcp_out.c - segments to the guest: data frames' headers, ACK, SYN-ACK, RST, and the answer to a failed connect. */
 #include "tcp_internal.h"
 #include "rn_csum.h"
+#include "rn_promote.h"
 
 #include <errno.h>
 
 /* --- frames to the guest --- */
 
 /* Build and send one segment whose @len payload bytes lie at TCP_DATA_OFF + @optlen of @b. */
-void tcp_emit(struct egress *e, const struct rn_flow *f, struct rn_buf *b, uint32_t seq, uint32_t ack,
-			 uint8_t flags, uint16_t wnd, const uint8_t *opt, uint32_t optlen, uint32_t len, uint32_t mss)
+void tcp_emit(struct egress *e, struct rn_flow *f, struct rn_buf *b, uint32_t seq, uint32_t ack, uint8_t flags,
+	      uint16_t wnd, const uint8_t *opt, uint32_t optlen, uint32_t len, uint32_t mss)
 {
-	uint8_t *eth = (uint8_t *)b + TCP_ETH_OFF, *ip = eth + RN_ETH_HLEN, *th = ip + RN_IP4_HLEN;
-	uint32_t l4 = RN_TCP_HLEN + optlen + len;
-	struct rn_vnet_hdr v = { 0 };
+	uint8_t *eth = (uint8_t *)b + TCP_ETH_OFF;
+	const struct rn_tcpseg s = { .seq = seq, .ack = ack, .flags = flags, .wnd = wnd, .ip_id = e->ip_id++, .opt = opt,
+				     .optlen = optlen, .len = len, .mss = mss, .gateway_mac = e->cfg.gateway_mac,
+				     .offload = e->cfg.offload };
+	struct rn_vnet_hdr v;
+	uint32_t n = rn_tcpseg_build(f, &s, eth, &v);
 
-	eg_ip4_header(e, eth, f->guest_mac, f->peer_addr + 12, f->guest_addr + 12, RN_IPPROTO_TCP, l4, 1);
-	rn_put16(th + RN_TCP_SPORT, f->peer_port);
-	rn_put16(th + RN_TCP_DPORT, f->guest_port);
-	rn_put32(th + RN_TCP_SEQ, seq);
-	rn_put32(th + RN_TCP_ACK, flags & RN_TH_ACK ? ack : 0);
-	th[RN_TCP_OFF] = (uint8_t)((RN_TCP_HLEN + optlen) / 4 << 4);
-	th[RN_TCP_FLAGS] = flags;
-	rn_put16(th + RN_TCP_WND, wnd);
-	memset(th + RN_TCP_SUM, 0, 4); /* checksum and urgent pointer */
-	if (optlen)
-		memcpy(th + RN_TCP_HLEN, opt, optlen);
-
-	uint64_t sum = rn_csum_pseudo4(f->peer_addr + 12, f->guest_addr + 12, RN_IPPROTO_TCP, l4);
-	uint16_t c;
-
-	if (e->cfg.offload) { /* the pseudo-header's sum, the guest's kernel or card does the rest */
-		c = rn_csum_fold(sum);
-		v.flags = RN_VNET_NEEDS_CSUM;
-		v.csum_start = RN_ETH_HLEN + RN_IP4_HLEN;
-		v.csum_offset = RN_TCP_SUM;
-		if (len > mss) {
-			v.gso_type = RN_VNET_GSO_TCPV4;
-			v.gso_size = (uint16_t)mss;
-			v.hdr_len = (uint16_t)(RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN + optlen);
-		}
-	} else {
-		c = (uint16_t)~rn_csum_fold(rn_csum_add(sum, th, l4));
-	}
-	memcpy(th + RN_TCP_SUM, &c, 2);
-	eg_emit(e, b, eth, RN_ETH_HLEN + RN_IP4_HLEN + l4, e->cfg.offload ? &v : NULL);
+	RN_SHOW(f->up.acked, ack);
+	eg_emit(e, b, eth, n, e->cfg.offload ? &v : NULL);
 }
 
 uint16_t tcp_window_field(const struct flow_priv *p, struct rn_flow *f)
 {
-	uint32_t w = rcv_wnd(f);
-
-	if (!(p->flags & F_GUEST_WS))
-		return (uint16_t)(w > 65535u ? 65535u : w);
-	w >>= TCP_WSCALE;
-	return (uint16_t)(w > 65535u ? 65535u : w);
+	return rn_tcp_window_field(rcv_wnd(f), p->flags & F_GUEST_WS);
 }
 
 /* RST that answers a segment of no connection (RFC 9293 3.10.7.1); the frame tells the addresses. */

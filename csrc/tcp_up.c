@@ -250,11 +250,15 @@ int tcp_up_flush(struct egress *e, uint32_t i)
 			if (errno == ENOBUFS || errno == ENOMEM) {
 				/* Not the socket but the machine is full: no edge will follow, so ask for one. */
 				p->flags |= F_BLOCKED;
-				eg_rewatch(e, i, TCP_EVENTS);
+				if (p->fast & FP_DOWN)
+					tcp_blocked(e, i);
+				else
+					eg_rewatch(e, i, TCP_EVENTS);
 				break;
 			}
 			if (errno == EAGAIN) {
 				p->flags |= F_BLOCKED;
+				tcp_blocked(e, i);
 				break;
 			}
 			tcp_host_reset(e, i);
@@ -265,6 +269,7 @@ int tcp_up_flush(struct egress *e, uint32_t i)
 		e->s->c[RN_C_tcp_up_bytes] += (uint64_t)n;
 		if ((uint32_t)n < want) {
 			p->flags |= F_BLOCKED;
+			tcp_blocked(e, i);
 			break;
 		}
 	}

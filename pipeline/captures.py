@@ -40,7 +40,7 @@ class Tapped(Struct, frozen=True, kw_only=True):
 def points_of(topology: Topology, names: Iterable[str], link: str) -> tuple[list[api.CaptureInterface], list[Tapped]]:
     """What is to be tapped, in data order. link: name of the guest's link. Raises CaptureError."""
     stages = {s.name for s in topology.stages}
-    rings = {r.name: r for r in topology.rings}
+    rings = {r.name: r for r in topology.rings if not r.notices}
     wanted: set[str] = set()
     for name in names:
         if name == "all":
@@ -50,7 +50,7 @@ def points_of(topology: Topology, names: Iterable[str], link: str) -> tuple[list
         elif name.replace(":", "->", 1) in rings:
             wanted.add(name.replace(":", "->", 1))
         elif name in stages:
-            wanted |= {r.name for r in topology.inputs(name)} | ({"link"} if "link" in topology.stage(name).fds else set())
+            wanted |= {r.name for r in topology.inputs(name) if r.name in rings} | ({"link"} if "link" in topology.stage(name).fds else set())
         else:
             raise CaptureError(f"{name}: no such point; there are link, all, {', '.join(sorted(stages))},"
                                f" {', '.join(rings)}")

@@ -221,6 +221,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     route: Annotated[tuple[str, ...], _opt(
         "route of the host into the guest by its second interface, like 172.16.0.0/12; may be repeated", "", "NET",
         max_length=nic2.ROUTES_MAX)] = ()
+    promote: Annotated[int, _opt("segments with data after which a flow is run by the link's stages, without a hop; 0: never",
+                                 "", "N", ge=0, le=1000000)] = 8
     seed: Annotated[int, _opt("for tests: repeatable sequence numbers; 0 is random", "", "N", ge=0)] = 0
     impair: Annotated[tuple[str, ...], _opt("for tests: a bad wire at up, down or a ring, like up:drop=0.01,delay=5ms;"
                                             " may be repeated", "", "SPEC", max_length=16)] = ()
@@ -534,16 +536,18 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     except ProxyError as e:
         raise ConfigError(f"--proxy {e}") from None
     link = {"link_kind": link_kind, "vnet": vnet, "mtu": s.mtu, "frame_max": frame_max(s.mtu, vnet=vnet and s.offloads),
-            "pcap": bool(s.pcap)}
+            "pcap": bool(s.pcap), "promote": bool(s.promote), "gateway_mac": s.mac, "offload": vnet and s.offloads}
     seat = {"gateway4": s.gateway, "gateway_mac": s.mac, "mtu": s.mtu}
+    # What guest_tx writes to the link itself goes past a bad wire and the capture in guest_rx.
+    direct = not s.pcap and not any(i.stage == "guest_rx" for i in s.impairments())
     made: dict[str, dict[str, Any]] = {
-        "guest_tx": link,
+        "guest_tx": {**link, "gateway4": s.gateway, "subnet": str(net), "direct": direct},
         "guest_rx": link,
         "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
         "egress": {**seat, "offload": s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
-                   "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path, "seed": s.seed,
-                   "policy": s.policy_rules(), "proxy": through},
+                   "promote": s.promote, "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path,
+                   "seed": s.seed, "policy": s.policy_rules(), "proxy": through},
         "services": {**seat, "prefix": net.prefixlen, "guest4": s.address, "pool_start": first, "pool_end": last,
                      "dns": list(s.dns), "resolv_conf": s.resolv_conf, "search": list(s.search) or [DOMAIN],
                      "domain": DOMAIN, "hosts": s.hosts_table(),

@@ -34,6 +34,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     peek: Literal["auto", "offset", "discard"] = "auto"  # SO_PEEK_OFF, or peek past a discard buffer
     udp_max: Annotated[int, Meta(ge=1, le=65536)]  # UDP mappings; then the least recently used goes
     pending_max: Annotated[int, Meta(ge=1, le=65536)]  # TCP connects under way; then RST
+    promote: Annotated[int, Meta(ge=0)] = 0  # segments with data until a flow is settled; 0: flows stay here
     dns_path: str = ""  # abstract Unix address of services' DNS over TCP, without the leading NUL; "": none
     guest4: Ipv4  # the guest's address, for forwards that name none
     prefix: Annotated[int, Meta(ge=1, le=30)]  # of the guest's subnet
@@ -200,6 +201,11 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
     rc = lib.stage_egress_init(ctx.stage, *ctx.flows, _c_config(cfg, ctx.fds.get("raw_icmp", -1)))
     if rc < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode() or os.strerror(-rc))
+    if cfg.promote:
+        c = ffi.new("struct egress_promote *", {"tx_fd": ctx.fds["flows_to_tx"], "rx_fd": ctx.fds["flows_to_rx"],
+                                                "after": cfg.promote})
+        if lib.stage_egress_promote(ctx.stage, c) < 0:
+            raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.proxy is not None:
         set_proxy(ctx.stage, cfg.proxy, ctx.names)
     set_policy(ctx.stage, cfg.policy)

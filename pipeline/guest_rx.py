@@ -1,7 +1,8 @@
 """guest_rx: write frames to the guest.
 
-In:      frames of classify, egress and services, each in turn; a virtio-net header in front of each.
-         With `nic2` vmnet's frames too, for the second link (fds: link2).
+In:      frames of classify, egress, services and guest_tx, each in turn; a virtio-net header in front of each. Then
+         what the host sockets of promoted flows have (fds: flows_rx). With `nic2` vmnet's frames too, for the second
+         link (fds: link2).
 Out:     the guest's link (fds: link). A link that is full for now makes the frames wait in their rings; with
          `pcap` a copy of each frame written goes to the capture file (fds: pcap, O_APPEND).
 Source:  virtio-net header: virtio 1.2 5.1.6. The loop is csrc/stage_guest_rx.c.
@@ -12,7 +13,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from pipeline.config import Mtu
+from pipeline.config import Mac, Mtu
 from pipeline.stage import Ended, StageContext, StageError
 from shm._dataplane import ffi, lib
 
@@ -34,7 +35,21 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     mtu: Mtu  # bytes of L3
     frame_max: int  # bytes of Ethernet frame, header included; super-frames may be longer
     pcap: bool  # fds has the capture file
+    promote: bool  # promoted flows are run here; fds has flows_rx
+    offload: bool  # the link completes checksums and cuts super-frames
+    gateway_mac: Mac
     nic2: Nic2Link | None = None  # the guest's second NIC (fds: link2)
+
+
+def _promote(cfg: Config, ctx: StageContext) -> None:
+    """Raises StageError."""
+    if ctx.flows is None:
+        raise StageError("the flow table was not granted")
+    c = ffi.new("struct fast_down_config *", {
+        "gateway_mac": list(bytes.fromhex(cfg.gateway_mac.replace(":", ""))), "mtu": cfg.mtu,
+        "offload": cfg.offload, "flows_fd": ctx.fds["flows_rx"]})
+    if lib.stage_guest_rx_promote(ctx.stage, *ctx.flows, c) < 0:
+        raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
 
 
 def run(cfg: Config, ctx: StageContext) -> Ended:
@@ -49,4 +64,6 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
                                              "vnet": int(cfg.nic2.vnet), "frame_max": cfg.nic2.frame_max})
         if lib.stage_guest_rx_nic2(ctx.stage, link2, cfg.nic2.producer) < 0:
             raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+    if cfg.promote:
+        _promote(cfg, ctx)
     return ctx.run_loop()

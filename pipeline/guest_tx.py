@@ -3,17 +3,19 @@
 In:      the guest's link (fds: link), Ethernet frames of at most `frame_max` B, each behind a 12 B virtio-net
          header if `vnet`; with `pcap` a copy of each goes to the capture file (fds: pcap, O_APPEND).
          With `nic2` a second link of the same kind (fds: link2).
-Out:     the same frames to classify, those of the second link to vmnet. A full ring, or no free buffer, stops the reading: nothing is dropped here
+Out:     the same frames to classify, those of the second link to vmnet; what belongs to promoted flows to their host
+         sockets (fds: flows_tx). A full ring, or no free buffer, stops the reading: nothing is dropped here
          but what is no frame, by reason (csrc/rn_metrics.def).
 Source:  virtio-net header: virtio 1.2 5.1.6. The loop is csrc/stage_guest_tx.c.
 """
 from __future__ import annotations
 
+import ipaddress
 from typing import Literal
 
 from msgspec import Struct
 
-from pipeline.config import Mtu
+from pipeline.config import Ipv4, Mac, Mtu
 from pipeline.stage import Ended, StageContext, StageError
 from shm._dataplane import ffi, lib
 
@@ -34,7 +36,28 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     mtu: Mtu  # bytes of L3
     frame_max: int  # bytes of Ethernet frame, header included, either way
     pcap: bool  # fds has the capture file
+    promote: bool  # promoted flows are run here; fds has flows_tx
+    offload: bool  # the link completes checksums
+    direct: bool  # ACKs of promoted flows are written to the link from here, if its writes are whole frames
+    gateway4: Ipv4
+    gateway_mac: Mac
+    subnet: str  # the guest's, like 10.0.2.0/24
     nic2: Nic2Link | None = None  # the guest's second NIC (fds: link2)
+
+
+def _promote(cfg: Config, ctx: StageContext) -> None:
+    """Raises StageError."""
+    if ctx.flows is None:
+        raise StageError("the flow table was not granted")
+    subnet = ipaddress.IPv4Network(cfg.subnet)
+    c = ffi.new("struct fast_up_config *")
+    c.parse.gateway4 = ipaddress.IPv4Address(cfg.gateway4).packed
+    c.parse.subnet4, c.parse.prefix = subnet.network_address.packed, subnet.prefixlen
+    c.parse.gateway_mac = bytes.fromhex(cfg.gateway_mac.replace(":", ""))
+    c.parse.mtu = cfg.mtu
+    c.offload, c.direct, c.flows_fd = cfg.offload, cfg.direct, ctx.fds["flows_tx"]
+    if lib.stage_guest_tx_promote(ctx.stage, *ctx.flows, c) < 0:
+        raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
 
 
 def run(cfg: Config, ctx: StageContext) -> Ended:
@@ -49,4 +72,6 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
                                              "vnet": int(cfg.nic2.vnet), "frame_max": cfg.nic2.frame_max})
         if lib.stage_guest_tx_nic2(ctx.stage, link2) < 0:
             raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+    if cfg.promote:
+        _promote(cfg, ctx)
     return ctx.run_loop()

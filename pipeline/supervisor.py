@@ -835,6 +835,10 @@ class Session:
         wanted = {name for c in self.children for name in c.decl.fds}
         if "pcap" in wanted and self.settings.pcap:
             self._extras["pcap"] = self._open_pcap(self.settings.pcap)
+        for ours, theirs in (("flows_to_tx", "flows_tx"), ("flows_to_rx", "flows_rx")):
+            if {ours, theirs} <= wanted:  # sockets of promoted flows: csrc/rn_fdpass.h
+                for name, end in zip((ours, theirs), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET), strict=True):
+                    self._extras[name] = end.detach()
         if "dns_listen" in wanted:
             self._dns = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._dns.bind("")  # the kernel picks a free abstract name (unix(7), autobind)

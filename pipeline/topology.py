@@ -22,6 +22,7 @@ class Role(enum.IntEnum):
     SERVICE = 2
     GUEST = 3
     HOSTNET = 4
+    OFFER = 5
 
 
 class Feature(enum.StrEnum):
@@ -53,6 +54,7 @@ class Ring(Struct, frozen=True, kw_only=True):
     consumer: str
     role: Role
     slots: int  # power of two, 2..32768
+    notices: bool = False  # carries notices about flows against the order of data, and no frames (csrc/rn_promote.h)
     feature: Feature = Feature.NIC1
 
     @property
@@ -89,14 +91,14 @@ class Topology(Struct, frozen=True, kw_only=True):
         """Stages whose doorbell this one may ring: the other ends of its rings, and the owners of buffers
         that can reach it (it frees them, and an owner that waits for one must be woken)."""
         ends = {r.consumer for r in self.outputs(name)} | {r.producer for r in self.inputs(name)}
-        todo = [r.producer for r in self.inputs(name)]
+        todo = [r.producer for r in self.inputs(name) if not r.notices]
         seen: set[str] = set()
         while todo:
             up = todo.pop()
             if up in seen:
                 continue
             seen.add(up)
-            todo += [r.producer for r in self.inputs(up)]
+            todo += [r.producer for r in self.inputs(up) if not r.notices]
         owners = {s for s in seen if self.stage(s).small or self.stage(s).large}
         return tuple(s.name for s in self.stages if s.name in (ends | owners) - {name})
 
@@ -146,14 +148,15 @@ class Topology(Struct, frozen=True, kw_only=True):
 TOPOLOGY = Topology(
     stages=(
         Stage(name="guest_tx", does="reads the frames the guest sends", small=2048, large=128,
-              fds=("link", "link2", "pcap"), source=True, restart=True),
+              fds=("link", "link2", "pcap", "flows_tx"), flows=True, source=True, restart=True),
         Stage(name="classify", does="checks, dispatches, answers ARP, reassembles fragments", small=256, large=32,
               restart=True),
         Stage(name="egress", does="TCP bridge, UDP and ICMP proxies over host sockets", small=2048, large=128,
-              fds=("raw_icmp",), flows=True, names="read"),
+              fds=("raw_icmp", "flows_to_tx", "flows_to_rx"), flows=True, names="read"),
         Stage(name="services", does="DHCP server, DNS forwarder, hosts table", small=128, large=16,
               fds=("dns_listen",), names="write", restart=True),
-        Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "link2", "pcap"), restart=True),
+        Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "link2", "pcap", "flows_rx"), flows=True,
+              restart=True),
         Stage(name="vmnet", does="relays NIC2's frames to a host bridge", feature=Feature.NIC2, small=512, large=64,
               fds=("bridge",), source=True),
     ),
@@ -164,6 +167,9 @@ TOPOLOGY = Topology(
         Ring(producer="classify", consumer="guest_rx", role=Role.GUEST, slots=256),
         Ring(producer="egress", consumer="guest_rx", role=Role.GUEST, slots=1024),
         Ring(producer="services", consumer="guest_rx", role=Role.GUEST, slots=128),
+        Ring(producer="egress", consumer="guest_tx", role=Role.OFFER, slots=512, notices=True),
+        Ring(producer="guest_tx", consumer="guest_rx", role=Role.GUEST, slots=512),
+        Ring(producer="guest_rx", consumer="egress", role=Role.BRIDGE, slots=512, notices=True),
         Ring(producer="guest_tx", consumer="vmnet", role=Role.HOSTNET, slots=1024, feature=Feature.NIC2),
         Ring(producer="vmnet", consumer="guest_rx", role=Role.GUEST, slots=1024, feature=Feature.NIC2),
     ),

@@ -424,7 +424,7 @@ def test_a_full_ring_or_link_behind_the_wire_loses_nothing() -> None:
         assert p.buffers_out() == (0, 0)
 
 
-@pytest.mark.parametrize("where", [-1, lib.RN_ROLE_BRIDGE, 6])
+@pytest.mark.parametrize("where", [-1, lib.RN_ROLE_BRIDGE, lib.RN_IMPAIR_LINK + 1])
 def test_no_such_output(where: int) -> None:
     with Pipe() as p:
         assert lib.rn_stage_set_impair(p.guest_tx, where, ffi.new("struct rn_impair_spec *")) < 0

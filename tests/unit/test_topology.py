@@ -14,14 +14,15 @@ NIC1 = TOPOLOGY.only(frozenset({Feature.NIC1}))
 
 def test_roles_are_the_data_planes() -> None:
     assert {r.name: r.value for r in Role} == {
-        n: getattr(lib, f"RN_ROLE_{n}") for n in ("CLASSIFY", "BRIDGE", "SERVICE", "GUEST", "HOSTNET")}
+        n: getattr(lib, f"RN_ROLE_{n}") for n in ("CLASSIFY", "BRIDGE", "SERVICE", "GUEST", "HOSTNET", "OFFER")}
     assert len(Role) == lib.RN_NROLES
 
 
 def test_the_rings_of_the_design() -> None:
     assert {r.name for r in NIC1.rings} == {
         "guest_tx->classify", "classify->egress", "classify->services", "classify->guest_rx", "egress->guest_rx",
-        "services->guest_rx"}
+        "services->guest_rx", "guest_tx->guest_rx", "egress->guest_tx", "guest_rx->egress"}
+    assert {r.name for r in TOPOLOGY.rings if r.notices} == {"egress->guest_tx", "guest_rx->egress"}
     assert {r.name for r in TOPOLOGY.rings} - {r.name for r in NIC1.rings} == {"guest_tx->vmnet", "vmnet->guest_rx"}
 
 
@@ -29,12 +30,13 @@ def test_the_rings_of_the_design() -> None:
 def test_rows_are_data_order(topo: Topology) -> None:
     """Start-up walks them backwards: who consumes from a stage is there before it. vmnet is both ends of a loop."""
     for ring in topo.rings:
-        if "vmnet" not in ring.name:
+        if "vmnet" not in ring.name and not ring.notices:
             assert topo.row(ring.producer) < topo.row(ring.consumer), ring.name
 
 
 def test_only_sources_have_no_input_and_all_of_them_are_marked() -> None:
-    assert [s.name for s in NIC1.stages if not NIC1.inputs(s.name)] == [s.name for s in NIC1.stages if s.source]
+    fed = {r.consumer for r in NIC1.rings if not r.notices}
+    assert [s.name for s in NIC1.stages if s.name not in fed] == [s.name for s in NIC1.stages if s.source]
 
 
 @pytest.mark.parametrize("topo", [TOPOLOGY, NIC1], ids=["whole", "nic1"])
@@ -49,15 +51,17 @@ def test_who_may_ring_whom(topo: Topology) -> None:
             if ring.consumer == stage.name:
                 assert ring.producer in near
     assert set(NIC1.neighbours("services")) == {"guest_tx", "classify", "guest_rx"}
-    assert set(NIC1.neighbours("guest_tx")) == {"classify"}
+    assert set(NIC1.neighbours("guest_tx")) == {"classify", "egress", "guest_rx"}
     assert set(NIC1.neighbours("guest_rx")) == {"guest_tx", "classify", "egress", "services"}
 
 
 def test_who_holds_what() -> None:
     holders = {fd: [s.name for s in TOPOLOGY.stages if fd in s.fds] for s in TOPOLOGY.stages for fd in s.fds}
-    assert holders == {"link": ["guest_tx", "guest_rx"], "link2": ["guest_tx", "guest_rx"], "pcap": ["guest_tx", "guest_rx"], "raw_icmp": ["egress"],
-                       "dns_listen": ["services"], "bridge": ["vmnet"]}
-    assert [s.name for s in TOPOLOGY.stages if s.flows] == ["egress"]
+    assert holders == {"link": ["guest_tx", "guest_rx"], "link2": ["guest_tx", "guest_rx"],
+                       "pcap": ["guest_tx", "guest_rx"], "raw_icmp": ["egress"],
+                       "dns_listen": ["services"], "bridge": ["vmnet"], "flows_to_tx": ["egress"], "flows_to_rx": ["egress"],
+                       "flows_tx": ["guest_tx"], "flows_rx": ["guest_rx"]}
+    assert [s.name for s in TOPOLOGY.stages if s.flows] == ["guest_tx", "egress", "guest_rx"]
 
 
 def test_left_out_parts_leave_no_ends() -> None:

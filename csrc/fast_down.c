@@ -1,0 +1,573 @@
+/* fast_down.c - promoted flows, host to guest: the half `down` while guest_rx owns it (rules: rn_promote.h).
+ *
+ * pump() peeks at the host socket into the one buffer of this stage, behind room for the headers, and writes it to the
+ * link as it is: no frame buffer, no ring, no wake. What the guest acknowledged is read from struct rn_acks, and taken out
+ * of the socket (I2). Nothing is sent twice from here: a flow that makes no progress for its retransmission timeout goes
+ * back to egress, and so does one that ended, or broke, or has urgent data.
+ *
+ * What to do next. A flow is in the run list while its socket may have bytes. Those in it take turns of QUANTUM bytes, and
+ * a turn of the stage does BUDGET of them, after the rings' frames: neither another flow nor the slow path waits for more
+ * than that. A flow that stopped asks to be told (RN_WANT_*) only if it needs to be: its window is full, or so much lies
+ * in the socket acknowledged but not taken out that the host's window would close. Otherwise the ACKs of a small exchange
+ * are looked at when the next bytes come, or by the watch.
+ *
+ * Watch. Flows with something in flight are in a list that is walked each WATCH_NS as long as it is not empty: those whose
+ * all was acknowledged leave it, those over their timeout go back. So an idle flow costs nothing.
+ *
+ * system calls: recvfrom, recvmsg, setsockopt (host sockets), recvmsg (sockets from egress), epoll_ctl, close
+ */
+#include "fast_down.h"
+
+#include "rn_fdpass.h"
+#include "rn_peek.h"
+#include "rn_promote.h"
+#include "rn_tcpseg.h"
+#include "tcp_rtt.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define NONE UINT32_MAX
+#define QUANTUM (256u << 10) /* bytes of a flow before the next one's turn */
+#define BUDGET (1024u << 10) /* bytes a turn of the stage */
+#define RUNS 64u	     /* flows a turn of the stage */
+#define WATCH_NS 50000000ull
+#define TAKE_OUT (32u << 10) /* bytes acknowledged but still in the socket that are worth a wake */
+#define EVENTS (EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET)
+
+#define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
+#define SEQ_LE(a, b) ((int32_t)((a) - (b)) <= 0)
+#define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
+
+#define HEADERS (RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN)
+#define BUF_ETH 18u /* Ethernet header in the buffer: virtio-net header in front, IP header 16-aligned */
+
+struct down_flow {
+	int fd; /* our descriptor of the host socket */
+	uint32_t gen;
+	uint32_t at;	  /* SO_PEEK_OFF, as rn_peek.h keeps it */
+	uint32_t wnd_max; /* largest window seen (RFC 9293 3.8.6.2.1) */
+	uint32_t rtt_seq; /* sequence number timed, */
+	uint64_t rtt_ns;  /* and when it was sent; 0: none is */
+	uint64_t since;	  /* of the last progress, or of the first byte in flight; CLOCK_MONOTONIC ns */
+	uint32_t run_next;
+	uint32_t watch_next, watch_prev;
+	uint8_t proto, peek_off, scaled;
+	uint8_t readable; /* 1: the socket may have bytes not peeked at */
+	uint8_t hup;	  /* 1: its end was told; a peek that finds nothing is that end */
+	uint8_t urgent;	  /* 1: urgent data came: egress's */
+	uint8_t running, watched; /* in the lists */
+};
+
+struct fast_down {
+	struct rn_stage *s;
+	struct rn_flows *flows;
+	uint32_t nflows, n;
+	struct fast_down_config cfg;
+	fast_down_out *out;
+	uint32_t me, egress; /* owner words */
+	uint32_t frame;	     /* payload bytes of the largest frame */
+	struct down_flow *flow; /* same index as in the table */
+	uint32_t run, run_tail, watch;
+	uint64_t watch_at;
+	uint16_t ip_id;
+	uint8_t reset;	  /* 1: egress is still to be told that this is a new process */
+	uint32_t waiting; /* bytes of a frame in buf that the link did not take yet; 0: none */
+	struct rn_peek_skip *skip; /* made at the first flow that needs it */
+	uint8_t buf[BUF_ETH + RN_FRAME_MAX];
+};
+
+struct fast_down *fast_down_new(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_down_config *cfg,
+				fast_down_out *out)
+{
+	struct fast_down *d;
+	int err = rn_flows_check(flows, flows_size);
+
+	if (err || !s->has_out[RN_ROLE_BRIDGE]) {
+		rn_fail(s, -EINVAL, "promotion: no flow table of this build, or no ring to egress");
+		return NULL;
+	}
+	d = calloc(1, sizeof(*d));
+	if (!d)
+		return NULL;
+	d->s = s;
+	d->flows = flows;
+	d->nflows = d->flows->nflows;
+	d->cfg = *cfg;
+	d->out = out;
+	d->me = rn_owner(s->row);
+	d->egress = rn_owner(s->out_row[RN_ROLE_BRIDGE]);
+	d->run = d->run_tail = d->watch = NONE;
+	d->frame = 65535u - RN_IP4_HLEN - RN_TCP_HLEN;
+	d->flow = calloc(d->nflows, sizeof(*d->flow));
+	if (!d->flow || rn_flows_size(d->nflows) > flows_size) {
+		fast_down_free(d);
+		return NULL;
+	}
+	if (s->generation > 1) { /* as in fast_up.c */
+		for (uint32_t i = 0; i < d->nflows; i++) {
+			struct rn_flow *f = &d->flows->flow[i];
+
+			if (atomic_load_explicit(&f->down.owner, memory_order_relaxed) == (d->me | RN_OWNER_BUSY))
+				f->down.torn = 1;
+			(void)rn_half_heir(&f->down.owner, d->me, d->egress);
+		}
+		d->reset = 1;
+	}
+	return d;
+}
+
+/* --- lists --- */
+
+static void run(struct fast_down *d, uint32_t i)
+{
+	struct down_flow *q = &d->flow[i];
+
+	if (q->running)
+		return;
+	q->running = 1;
+	q->run_next = NONE;
+	if (d->run == NONE)
+		d->run = i;
+	else
+		d->flow[d->run_tail].run_next = i;
+	d->run_tail = i;
+}
+
+static void watch(struct fast_down *d, uint32_t i)
+{
+	struct down_flow *q = &d->flow[i];
+
+	if (q->watched)
+		return;
+	q->watched = 1;
+	q->watch_prev = NONE;
+	q->watch_next = d->watch;
+	if (d->watch == NONE)
+		d->watch_at = d->s->now + WATCH_NS;
+	else
+		d->flow[d->watch].watch_prev = i;
+	d->watch = i;
+}
+
+static void unwatch(struct fast_down *d, uint32_t i)
+{
+	struct down_flow *q = &d->flow[i];
+
+	if (!q->watched)
+		return;
+	q->watched = 0;
+	if (q->watch_prev == NONE)
+		d->watch = q->watch_next;
+	else
+		d->flow[q->watch_prev].watch_next = q->watch_next;
+	if (q->watch_next != NONE)
+		d->flow[q->watch_next].watch_prev = q->watch_prev;
+}
+
+/* --- flows come and go --- */
+
+static void let_go(struct fast_down *d, uint32_t i)
+{
+	struct down_flow *q = &d->flow[i];
+
+	unwatch(d, i);
+	(void)epoll_ctl(d->s->epfd, EPOLL_CTL_DEL, q->fd, NULL); /* others hold the socket too: a close would leave it there */
+	close(q->fd);
+	q->proto = 0; /* if it is in the run list, it falls out there */
+	d->n--;
+}
+
+void fast_down_free(struct fast_down *d)
+{
+	if (!d)
+		return;
+	for (uint32_t i = 0; d->n && d->flow && i < d->nflows; i++)
+		if (d->flow[i].proto)
+			let_go(d, i);
+	free(d->skip);
+	free(d->flow);
+	free(d);
+}
+
+/* A socket came. 0 or -errno. */
+static int take_in(struct fast_down *d, const struct rn_pass *p, int fd)
+{
+	struct down_flow *q = &d->flow[p->index];
+	struct epoll_event ev = { .events = EVENTS, .data.u64 = RN_EV(RN_TAG_FLOW, p->index) };
+
+	if (q->proto)
+		let_go(d, p->index);
+	if (!p->peek_off && !d->skip) {
+		d->skip = calloc(1, sizeof(*d->skip));
+		if (!d->skip)
+			return -ENOMEM;
+		rn_peek_skip_init(d->skip);
+	}
+	if (epoll_ctl(d->s->epfd, EPOLL_CTL_ADD, fd, &ev))
+		return -errno;
+	q->fd = fd;
+	q->gen = p->gen;
+	q->proto = p->proto;
+	q->peek_off = p->peek_off;
+	q->scaled = p->window_scaled;
+	q->readable = q->hup = q->urgent = 0;
+	d->n++;
+	return 0;
+}
+
+static int take_sockets(struct fast_down *d, uint32_t i, uint32_t gen)
+{
+	for (;;) {
+		struct rn_pass p;
+		int fd = rn_fdpass_recv(d->cfg.flows_fd, &p), err;
+
+		if (fd < 0)
+			return fd;
+		err = p.index < d->nflows ? take_in(d, &p, fd) : -EPROTO;
+		if (err) {
+			close(fd);
+			d->s->c[RN_C_promote_failed]++;
+		}
+		if (p.index == i && p.gen == gen)
+			return err;
+	}
+}
+
+/* Down is egress's again. The half is claimed. 0, or -EAGAIN: no room to tell it, so it stays ours for now. */
+static int give_back(struct fast_down *d, uint32_t i)
+{
+	struct rn_flow *f = &d->flows->flow[i];
+
+	if (rn_stage_notice(d->s, RN_ROLE_BRIDGE, rn_fn_flags(RN_FN_BACK), i, f->gen))
+		return -EAGAIN;
+	unwatch(d, i);
+	d->s->c[RN_C_promote_returned]++;
+	rn_half_leave(&f->down.owner, d->egress);
+	return 0;
+}
+
+static void offered(struct fast_down *d, uint32_t i, uint32_t gen)
+{
+	struct rn_flow *f = &d->flows->flow[i];
+	struct down_flow *q = &d->flow[i];
+	int err = q->proto && q->gen == gen ? 0 : take_sockets(d, i, gen);
+
+	if (!rn_half_claim(&f->down.owner, d->me))
+		return; /* taken back, or another flow's by now */
+	if (f->gen != gen) {
+		rn_half_leave(&f->down.owner, d->me);
+		return;
+	}
+	if (err) { /* without its socket we cannot */
+		d->s->c[RN_C_promote_failed]++;
+		if (give_back(d, i))
+			rn_half_leave(&f->down.owner, d->egress); /* egress finds it out with the guest's next segment */
+		return;
+	}
+	q->at = RN_PEEK_UNKNOWN;
+	q->wnd_max = f->down.snd_wnd;
+	q->rtt_ns = 0;
+	q->since = d->s->now;
+	q->readable = 1;
+	rn_half_leave(&f->down.owner, d->me);
+	run(d, i);
+}
+
+void fast_down_notice(struct fast_down *d, const struct rn_desc *desc)
+{
+	uint32_t i = rn_fn_flow(desc);
+
+	if (i >= d->nflows) {
+		d->s->c[RN_C_drop_bad_descriptor]++;
+		return;
+	}
+	switch (rn_fn_of(desc)) {
+	case RN_FN_OFFER:
+		offered(d, i, desc->len);
+		break;
+	case RN_FN_RESET:
+		for (uint32_t k = 0; d->n && k < d->nflows; k++)
+			if (d->flow[k].proto)
+				let_go(d, k);
+		break;
+	case RN_FN_CLOSE:
+		if (d->flow[i].proto && d->flow[i].gen == desc->len)
+			let_go(d, i);
+		break;
+	case RN_FN_ACKS:
+		if (d->flow[i].proto && d->flow[i].gen == desc->len)
+			run(d, i);
+		break;
+	default:
+		d->s->c[RN_C_drop_bad_descriptor]++;
+	}
+}
+
+void fast_down_event(struct fast_down *d, uint32_t i, uint32_t events)
+{
+	struct down_flow *q;
+
+	if (i >= d->nflows || !d->flow[i].proto)
+		return;
+	q = &d->flow[i];
+	q->readable = 1;
+	if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+		q->hup = 1;
+	if (events & EPOLLPRI)
+		q->urgent = 1;
+	run(d, i);
+}
+
+/* --- the pump --- */
+
+/* What the guest acknowledged leaves the socket; its window is what it says. 0 or -errno: the socket broke. */
+static int take_acks(struct fast_down *d, uint32_t i, struct rn_flow *f, uint64_t w)
+{
+	struct down_flow *q = &d->flow[i];
+	uint32_t ack = rn_acks_ack(w), n = ack - f->down.snd_una;
+
+	f->down.snd_wnd = rn_acks_wnd(w);
+	if (f->down.snd_wnd > q->wnd_max)
+		q->wnd_max = f->down.snd_wnd;
+	if (!n || SEQ_LT(ack, f->down.snd_una) || SEQ_GT(ack, f->down.snd_max))
+		return 0; /* the last cannot be: who posted it looked (and is not trusted with our socket) */
+	int err = rn_peek_discard(q->fd, &q->at, n);
+
+	if (err)
+		return err;
+	RN_SHOW(f->down.snd_una, ack);
+	f->down.bytes += n;
+	d->s->c[RN_C_tcp_fast_down_bytes] += n;
+	q->since = d->s->now;
+	if (q->rtt_ns && SEQ_LE(q->rtt_seq, ack)) {
+		uint64_t came = atomic_load_explicit(&f->acks.at_ns, memory_order_relaxed);
+
+		if (came > q->rtt_ns)
+			tcp_rtt_sample(f, came - q->rtt_ns);
+		q->rtt_ns = 0;
+	}
+	return 0;
+}
+
+/* One frame of at most @max bytes. Bytes sent, 0: the end, -errno. */
+static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint32_t max)
+{
+	struct down_flow *q = &d->flow[i];
+	uint8_t *eth = d->buf + BUF_ETH, *data = eth + HEADERS;
+	uint32_t off = f->down.snd_nxt - f->down.snd_una, seq = f->down.snd_nxt, ack, len;
+	struct rn_vnet_hdr v;
+	ssize_t n = q->peek_off ? rn_peek_at(q->fd, &q->at, off, data, max)
+				: rn_peek_past(q->fd, d->skip, off, data, max);
+
+	if (n <= 0)
+		return n == 0 && !q->peek_off && off && !q->hup ? -EAGAIN : n;
+	/* rcv_nxt before rcv_adv: the edge told is then never beyond the one offered. */
+	ack = __atomic_load_n(&f->up.rcv_nxt, __ATOMIC_ACQUIRE);
+	struct rn_tcpseg t = {
+		.seq = seq, .ack = ack, .flags = RN_TH_ACK | ((uint32_t)n < max ? RN_TH_PSH : 0),
+		.wnd = rn_tcp_window_field(RN_LOOK(f->up.rcv_adv) - ack, q->scaled), .ip_id = d->ip_id++, .len = (uint32_t)n,
+		.mss = f->down.mss, .gateway_mac = d->cfg.gateway_mac, .offload = d->cfg.offload,
+	};
+
+	len = rn_tcpseg_build(f, &t, eth, &v);
+	memcpy(eth - RN_VNET_HLEN, &v, sizeof(v));
+	if (off == 0)
+		q->since = d->s->now;
+	if (!q->rtt_ns) {
+		q->rtt_ns = d->s->now;
+		q->rtt_seq = seq + (uint32_t)n;
+	}
+	f->down.snd_nxt = seq + (uint32_t)n;
+	/* Before the frame is out: whoever reads an answer of the guest's sees what it answers (fast_up.c, acquire). */
+	__atomic_store_n(&f->down.snd_max, f->down.snd_nxt, __ATOMIC_RELEASE);
+	f->down.packets++;
+	RN_SHOW(f->up.acked, ack);
+	RN_SHOW(f->last_ns, d->s->now);
+	d->s->c[RN_C_fast_frames]++;
+	if (!d->out(d->s, eth, len))
+		d->waiting = len;
+	return n;
+}
+
+/* Before letting go of a flow that stopped: what it must be told of. 1: news came meanwhile, go on; 0: let go. */
+static int ask(struct rn_flow *f, uint32_t flight, int full, uint64_t seen)
+{
+	uint32_t want = RN_WANT_NOTHING;
+
+	if (full) {
+		want = f->down.snd_wnd > f->down.mss && flight ? RN_WANT_ACK : RN_WANT_ANY;
+		atomic_store_explicit(&f->acks.want_ack, f->down.snd_una + (flight + 3) / 4, memory_order_relaxed);
+	} else if (flight > TAKE_OUT) {
+		want = RN_WANT_ACK;
+		atomic_store_explicit(&f->acks.want_ack, f->down.snd_una + flight / 2, memory_order_relaxed);
+	}
+	if (want == RN_WANT_NOTHING)
+		return 0;
+	/* K3: the store, then the load, for everybody: else both could miss the other's (pairs K4). */
+	atomic_store_explicit(&f->acks.want, want, memory_order_seq_cst);
+	atomic_thread_fence(memory_order_seq_cst);
+	return atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed) != seen;
+}
+
+/**
+ * pump() - One turn of a flow
+ * Return: 1 it has more, 0 it stopped (or is egress's), -1 the link is full, and it has more.
+ */
+static int pump(struct fast_down *d, uint32_t i)
+{
+	struct down_flow *q = &d->flow[i];
+	struct rn_flow *f = &d->flows->flow[i];
+	uint32_t left = QUANTUM;
+	int r = 0, back = 0;
+
+	if (!rn_half_claim(&f->down.owner, d->me)) {
+		unwatch(d, i);
+		return 0;
+	}
+	if (f->gen != q->gen)
+		goto leave;
+	for (;;) {
+		uint64_t w = atomic_load_explicit(&f->acks.ack_wnd, memory_order_acquire); /* K2, pairs K1 */
+		uint32_t flight, room, max;
+		int full = 0;
+		ssize_t n;
+
+		if (take_acks(d, i, f, w) || q->urgent) {
+			back = 1;
+			break;
+		}
+		flight = f->down.snd_nxt - f->down.snd_una;
+		room = f->down.snd_wnd > flight ? f->down.snd_wnd - flight : 0;
+		/* Silly window avoidance, the sender's side (RFC 9293 3.8.6.2.1), as in tcp_down.c. */
+		if (!room || (flight && room < f->down.mss && room < q->wnd_max / 2))
+			full = q->readable;
+		if (full || !q->readable) {
+			if (ask(f, flight, full, w))
+				continue;
+			if (flight || full)
+				watch(d, i);
+			else
+				unwatch(d, i);
+			break;
+		}
+		max = room < d->frame ? room : d->frame / f->down.mss * f->down.mss;
+		if (!d->cfg.offload && max > f->down.mss)
+			max = f->down.mss;
+		n = send_one(d, i, f, max);
+		if (n == -EAGAIN) {
+			q->readable = 0;
+			back = q->hup;
+			if (back)
+				break;
+			continue;
+		}
+		if (n <= 0) {
+			back = 1;
+			break;
+		}
+		if ((uint32_t)n < max && !q->hup)
+			q->readable = 0; /* it is empty now: more will be a new edge */
+		if (d->waiting) {
+			r = -1;
+			break;
+		}
+		left -= (uint32_t)n < left ? (uint32_t)n : left;
+		if (!left) {
+			r = 1;
+			break;
+		}
+	}
+	if (back) {
+		if (!give_back(d, i))
+			return 0;
+		r = 1;
+	}
+	if (r)
+		watch(d, i);
+leave:
+	rn_half_leave(&f->down.owner, d->me);
+	return r;
+}
+
+/* Flows with something in flight: who is through, who makes no progress? */
+static void walk(struct fast_down *d)
+{
+	uint32_t i = d->watch, next;
+
+	for (; i != NONE; i = next) {
+		struct down_flow *q = &d->flow[i];
+		struct rn_flow *f = &d->flows->flow[i];
+
+		next = q->watch_next;
+		if (!rn_half_claim(&f->down.owner, d->me)) {
+			unwatch(d, i);
+			continue;
+		}
+		if (f->gen != q->gen) {
+			unwatch(d, i);
+		} else {
+			uint64_t w = atomic_load_explicit(&f->acks.ack_wnd, memory_order_acquire); /* K2 */
+			int broke = take_acks(d, i, f, w);
+			uint64_t rto = (uint64_t)f->down.rto_us * 1000u;
+
+			if (broke || (d->s->now > q->since && d->s->now - q->since > rto)) {
+				if (f->down.snd_nxt == f->down.snd_una && f->down.snd_wnd && !broke)
+					unwatch(d, i); /* it waits for nothing */
+				else if (!give_back(d, i))
+					continue;
+			} else if (f->down.snd_nxt == f->down.snd_una && !q->readable) {
+				unwatch(d, i);
+			}
+		}
+		rn_half_leave(&f->down.owner, d->me);
+	}
+	d->watch_at = d->s->now + WATCH_NS;
+}
+
+int fast_down_turn(struct fast_down *d)
+{
+	uint32_t budget = BUDGET / QUANTUM;
+	int did = 0;
+
+	if (RN_UNLIKELY(d->reset)) {
+		if (!rn_stage_notice(d->s, RN_ROLE_BRIDGE, rn_fn_flags(RN_FN_RESET), 0, 0)) {
+			d->reset = 0;
+			did = 1;
+		}
+	}
+	if (d->waiting) {
+		if (!d->out(d->s, d->buf + BUF_ETH, d->waiting))
+			return -EAGAIN;
+		d->waiting = 0;
+		did = 1;
+	}
+	for (uint32_t k = 0; k < RUNS && budget && d->run != NONE; k++) {
+		uint32_t i = d->run;
+		struct down_flow *q = &d->flow[i];
+		int r;
+
+		d->run = q->run_next;
+		q->running = 0;
+		did = 1;
+		if (!q->proto)
+			continue;
+		r = pump(d, i);
+		if (r)
+			run(d, i);
+		if (r < 0)
+			return -EAGAIN;
+		budget -= r > 0;
+	}
+	if (d->watch != NONE && d->s->now >= d->watch_at)
+		walk(d);
+	return did;
+}
+
+uint64_t fast_down_deadline(const struct fast_down *d)
+{
+	return d->watch == NONE ? UINT64_MAX : d->watch_at;
+}

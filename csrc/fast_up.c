@@ -1,0 +1,597 @@
+/* fast_up.c - promoted flows, guest to host: the half `up` while guest_tx owns it (rules: rn_promote.h).
+ *
+ * A frame read from the link is looked up by its addresses and ports. Of a flow that is here it is parsed by the rules of
+ * classify, and taken if it is what a settled connection sends nearly always: ACK or ACK+PSH without options, at rcv_nxt,
+ * inside the window, acknowledging what was sent. Its data goes to send() from where the link put it; rcv_nxt advances by
+ * what send() took (I1). Everything else goes to classify, and egress takes the half back for as long as it needs it.
+ *
+ * ACKs. One a flow and turn, at the turn's end, so a burst costs one. Where the link's writes are whole frames they are
+ * written here, else sent through guest_rx. A flow whose guest speaks and is answered in turn is not acknowledged at once:
+ * the answer carries it (RFC 9293 3.8.6.3, RFC 5681 4.2: within 500 ms, and every second full segment; here within
+ * DELAY_NS). Such a flow is known by its answers having done so before; where one did not come, the next segments are
+ * acknowledged at once.
+ *
+ * Window. What three quarters of the host's send buffer has free (I3); there is no slack as in egress (tcp_up.c), as the
+ * descriptor is watched for room instead when little is left. The watching also is what makes the kernel grow the buffer.
+ *
+ * Barrier. A bulk flow never pauses, so when it is offered segments of it are always under way to egress, and the next one
+ * read here is never the one at rcv_nxt. After MISSES of them a notice is sent behind the last; the link is not read until
+ * egress says that it dealt with all before it, or BARRIER_NS are over.
+ *
+ * system calls: sendto, write (link), recvmsg (sockets from egress), ioctl, getsockopt, epoll_ctl, close
+ */
+#include "fast_up.h"
+
+#include "rn_fdpass.h"
+#include "rn_promote.h"
+#include "rn_tcpseg.h"
+
+#include <errno.h>
+#include <linux/sockios.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define NONE UINT32_MAX
+#define MISSES 8u
+#define BARRIER_NS 5000000ull
+#define DELAY_NS 4000000ull /* an ACK is late by at most this, and a tick of epoll_wait */
+#define SPEAKS_IN_TURN 2u /* answers that carried the ACK, to believe in the next */
+
+#define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
+#define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
+
+struct fast_flow {
+	int fd;		       /* our descriptor of the host socket, -1: not here */
+	uint32_t gen;
+	uint32_t hash_next;    /* NONE ends */
+	uint32_t guest4, peer4; /* as in the packet */
+	uint32_t ports;	       /* as in the packet, source first */
+	uint8_t proto, scaled;
+	uint8_t owed;	       /* in the list of flows with something to tell the guest */
+	uint8_t late;	       /* in the list of ACKs that wait for an answer */
+	uint8_t in_turn;       /* answers that carried an ACK, running; at most SPEAKS_IN_TURN */
+	uint8_t watched;       /* 1: in epoll, 2: and waiting for room */
+	uint8_t told_window;   /* of an owed one: the window moved by enough to say so */
+	uint32_t owed_next, late_next;
+	uint64_t late_due;     /* CLOCK_MONOTONIC ns */
+	uint32_t misses;       /* early segments in a row */
+	uint32_t sndbuf;
+};
+
+struct fast_up {
+	struct rn_stage *s;
+	const struct rn_link *link;
+	struct rn_flows *flows;
+	uint32_t nflows, n; /* n: flows here */
+	struct fast_up_config cfg;
+	uint32_t me, egress, rx; /* owner words */
+	struct fast_flow *flow; /* same index as in the table */
+	uint32_t *hash, hash_mask;
+	uint64_t key; /* of the hash: the guest chooses ports */
+	uint32_t owed, late, late_tail; /* lists; late: oldest first */
+	uint32_t barrier; /* flow that asks for one, or NONE */
+	uint64_t barrier_until; /* 0: none is out */
+	uint16_t ip_id;
+	uint8_t reset; /* 1: egress is still to be told that this is a new process */
+	uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN];
+};
+
+struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void *flows, uint64_t flows_size,
+			    const struct fast_up_config *cfg)
+{
+	struct fast_up *u;
+	uint32_t nhash = 1;
+	int err = rn_flows_check(flows, flows_size);
+
+	if (err || !s->nin || !s->has_out[RN_ROLE_GUEST] || classify_config_check(&cfg->parse)) {
+		rn_fail(s, -EINVAL, "promotion: no flow table of this build, no rings to egress and guest_rx, or an address that is "
+				    "out of range");
+		return NULL;
+	}
+	u = calloc(1, sizeof(*u));
+	if (!u)
+		return NULL;
+	u->s = s;
+	u->link = link;
+	u->flows = flows;
+	u->nflows = u->flows->nflows;
+	u->cfg = *cfg;
+	u->me = rn_owner(s->row);
+	u->egress = rn_owner(s->in_row[0]);
+	u->rx = rn_owner(s->out_row[RN_ROLE_GUEST]);
+	u->key = u->flows->secret[0] | 1;
+	u->owed = u->late = u->late_tail = u->barrier = NONE;
+	while (nhash < u->nflows * 2)
+		nhash *= 2;
+	u->hash_mask = nhash - 1;
+	u->flow = calloc(u->nflows, sizeof(*u->flow));
+	u->hash = calloc(nhash, sizeof(*u->hash)); /* index + 1: untouched pages stay untouched */
+	if (!u->flow || !u->hash || rn_flows_size(u->nflows) > flows_size) {
+		fast_up_free(u);
+		return NULL;
+	}
+	if (s->generation > 1) {
+		for (uint32_t i = 0; i < u->nflows; i++) {
+			struct rn_flow *f = &u->flows->flow[i];
+
+			/* Before the half is given back its owner is sure to see it: BUSY keeps egress out until then. */
+			if (atomic_load_explicit(&f->up.owner, memory_order_relaxed) == (u->me | RN_OWNER_BUSY))
+				f->up.torn = 1;
+			(void)rn_half_heir(&f->up.owner, u->me, u->egress);
+		}
+		u->reset = 1;
+	}
+	return u;
+}
+
+static void let_go(struct fast_up *u, uint32_t i);
+
+void fast_up_free(struct fast_up *u)
+{
+	if (!u)
+		return;
+	for (uint32_t i = 0; u->n && u->flow && i < u->nflows; i++)
+		if (u->flow[i].proto)
+			let_go(u, i);
+	free(u->flow);
+	free(u->hash);
+	free(u);
+}
+
+/* --- which flow --- */
+
+static uint32_t bucket(const struct fast_up *u, uint32_t guest4, uint32_t peer4, uint32_t ports, uint8_t proto)
+{
+	uint64_t h = ((uint64_t)guest4 << 32 | peer4) * 0x9e3779b97f4a7c15ull + u->key;
+
+	h = (h ^ h >> 29 ^ ((uint64_t)ports << 8 | proto)) * u->key;
+	h ^= h >> 32;
+	h *= 0xd6e8feb86659fd93ull;
+	return (uint32_t)(h >> 32) & u->hash_mask;
+}
+
+static uint32_t lookup(const struct fast_up *u, const uint8_t *eth)
+{
+	const uint8_t *ip = eth + RN_ETH_HLEN;
+	uint32_t guest4, peer4, ports, i;
+
+	memcpy(&guest4, ip + RN_IP4_SRC, 4);
+	memcpy(&peer4, ip + RN_IP4_DST, 4);
+	memcpy(&ports, ip + RN_IP4_HLEN, 4);
+	for (i = u->hash[bucket(u, guest4, peer4, ports, ip[RN_IP4_PROTO])]; i; i = u->flow[i - 1].hash_next) {
+		const struct fast_flow *ff = &u->flow[i - 1];
+
+		if (ff->ports == ports && ff->peer4 == peer4 && ff->guest4 == guest4 && ff->proto == ip[RN_IP4_PROTO])
+			return i - 1;
+	}
+	return NONE;
+}
+
+static void unhash(struct fast_up *u, uint32_t i)
+{
+	struct fast_flow *ff = &u->flow[i];
+	uint32_t *at = &u->hash[bucket(u, ff->guest4, ff->peer4, ff->ports, ff->proto)];
+
+	while (*at && *at != i + 1)
+		at = &u->flow[*at - 1].hash_next;
+	if (*at)
+		*at = ff->hash_next;
+}
+
+/* Forget a flow. Lists that hold it find proto 0. */
+static void let_go(struct fast_up *u, uint32_t i)
+{
+	struct fast_flow *ff = &u->flow[i];
+
+	unhash(u, i);
+	if (ff->watched) /* others hold the socket too: a close alone would leave it in epoll */
+		(void)epoll_ctl(u->s->epfd, EPOLL_CTL_DEL, ff->fd, NULL);
+	close(ff->fd);
+	ff->fd = -1;
+	ff->proto = 0;
+	ff->watched = 0;
+	u->n--;
+	if (u->barrier == i)
+		u->barrier = NONE;
+}
+
+/* Sockets that came; until flow @i's is here. */
+static int take_sockets(struct fast_up *u, uint32_t i, uint32_t gen)
+{
+	for (;;) {
+		struct rn_pass p;
+		struct fast_flow *ff;
+		const struct rn_flow *f;
+		uint16_t port;
+		int fd = rn_fdpass_recv(u->cfg.flows_fd, &p);
+
+		if (fd < 0) {
+			u->s->c[RN_C_promote_failed]++;
+			return fd;
+		}
+		if (p.index >= u->nflows) {
+			close(fd);
+			continue;
+		}
+		ff = &u->flow[p.index];
+		if (ff->proto)
+			let_go(u, p.index);
+		f = &u->flows->flow[p.index];
+		ff->fd = fd;
+		ff->gen = p.gen;
+		ff->proto = p.proto;
+		ff->scaled = p.window_scaled;
+		ff->in_turn = 0;
+		ff->misses = 0;
+		ff->sndbuf = 0;
+		memcpy(&ff->guest4, f->guest_addr + 12, 4);
+		memcpy(&ff->peer4, f->peer_addr + 12, 4);
+		port = __builtin_bswap16(f->guest_port);
+		memcpy(&ff->ports, &port, 2);
+		port = __builtin_bswap16(f->peer_port);
+		memcpy((uint8_t *)&ff->ports + 2, &port, 2);
+		uint32_t b = bucket(u, ff->guest4, ff->peer4, ff->ports, ff->proto);
+
+		ff->hash_next = u->hash[b];
+		u->hash[b] = p.index + 1;
+		u->n++;
+		if (p.index == i && p.gen == gen)
+			return 0;
+	}
+}
+
+void fast_up_notice(struct fast_up *u, const struct rn_desc *d)
+{
+	uint32_t i = rn_fn_flow(d);
+
+	if (i >= u->nflows) {
+		u->s->c[RN_C_drop_bad_descriptor]++;
+		return;
+	}
+	switch (rn_fn_of(d)) {
+	case RN_FN_OFFER:
+		if (!u->flow[i].proto || u->flow[i].gen != d->len)
+			(void)take_sockets(u, i, d->len); /* counted; without it the flow stays with egress */
+		break;
+	case RN_FN_CLOSE:
+		if (u->flow[i].proto && u->flow[i].gen == d->len)
+			let_go(u, i);
+		break;
+	case RN_FN_BARRIER_OVER:
+		u->barrier_until = 0;
+		break;
+	case RN_FN_RESET:
+		for (uint32_t k = 0; u->n && k < u->nflows; k++)
+			if (u->flow[k].proto)
+				let_go(u, k);
+		break;
+	default:
+		u->s->c[RN_C_drop_bad_descriptor]++;
+	}
+}
+
+/* --- segments --- */
+
+static void owe(struct fast_up *u, uint32_t i)
+{
+	struct fast_flow *ff = &u->flow[i];
+
+	if (ff->owed)
+		return;
+	ff->owed = 1;
+	ff->owed_next = u->owed;
+	u->owed = i;
+}
+
+int fast_up_open(struct fast_up *u)
+{
+	if (RN_UNLIKELY(u->reset)) {
+		if (rn_stage_notice(u->s, RN_ROLE_CLASSIFY, rn_fn_flags(RN_FN_RESET), 0, 0))
+			return 0;
+		u->reset = 0;
+	}
+	if (RN_UNLIKELY(u->barrier_until)) {
+		if (u->s->now < u->barrier_until)
+			return 0;
+		u->barrier_until = 0;
+	}
+	return !u->n || rn_stage_room(u->s, RN_ROLE_GUEST, 1);
+}
+
+/* The owner of down waits for what was posted: tell it. fast_up_open() saw room for one a frame. */
+static void wake_down(struct fast_up *u, uint32_t i, struct rn_flow *f)
+{
+	if (rn_acks_wake(&f->acks))
+		rn_stage_notice(u->s, RN_ROLE_GUEST, rn_fn_flags(RN_FN_ACKS), i, f->gen);
+}
+
+/**
+ * segment() - One TCP segment of a flow that is here, the half claimed
+ * Return: 1 taken, 0 for egress, -1 for egress together with the half: the host socket did not take it all.
+ */
+static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8_t *eth, const struct rn_parsed *p)
+{
+	struct fast_flow *ff = &u->flow[i];
+	const uint8_t *th = eth + p->l4_off;
+	uint32_t seq = rn_get32(th + RN_TCP_SEQ), ack = rn_get32(th + RN_TCP_ACK), len = p->payload_len;
+	uint32_t wnd = (uint32_t)rn_get16(th + RN_TCP_WND) << f->down.wscale;
+	uint64_t known = atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed);
+	int32_t ahead = (int32_t)(ack - rn_acks_ack(known));
+	int lost = 0;
+
+	if (seq != f->up.rcv_nxt || SEQ_GT(seq + len, f->up.rcv_adv)) {
+		if (SEQ_GT(seq, f->up.rcv_nxt) && ++ff->misses >= MISSES && u->barrier == NONE && !u->barrier_until) {
+			u->barrier = i;
+			ff->misses = 0;
+		}
+		return 0;
+	}
+	/* Acknowledgment: new, or nothing new with data (RFC 5681 2: without it is a duplicate). Acquire: what was sent is
+	 * shown before it is written to the link, so the guest cannot be ahead of what we see. */
+	if (ahead < 0 || SEQ_GT(ack, __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE)))
+		return 0;
+	if (!ahead && !len && wnd == rn_acks_wnd(known))
+		return 0;
+	if (ahead || wnd != rn_acks_wnd(known)) {
+		uint32_t owner = atomic_load_explicit(&f->down.owner, memory_order_relaxed);
+
+		if ((owner & ~RN_OWNER_BUSY) != u->rx)
+			return 0; /* egress has down, and reads the segment itself */
+		rn_acks_post(&f->acks, ack, wnd, u->s->now, 1);
+		wake_down(u, i, f); /* with the fence that the look at the owner needs (egress: seize, fence, read acks) */
+		owner = atomic_load_explicit(&f->down.owner, memory_order_relaxed);
+		lost = (owner & ~RN_OWNER_BUSY) != u->rx; /* taken in between: egress may have read acks before the post */
+	}
+	ff->misses = 0;
+	RN_SHOW(f->last_ns, u->s->now);
+	if (len) {
+		ssize_t n;
+
+		do
+			n = send(ff->fd, eth + p->payload_off, len, MSG_DONTWAIT | MSG_NOSIGNAL);
+		while (n < 0 && errno == EINTR);
+		if (n < 0)
+			n = 0; /* whatever it is, egress meets it too and knows what to do */
+		RN_SHOW(f->up.rcv_nxt, f->up.rcv_nxt + (uint32_t)n); /* I1: what send() returned */
+		f->up.bytes += (uint64_t)n;
+		f->up.packets++;
+		u->s->c[RN_C_tcp_fast_up_bytes] += (uint64_t)n;
+		if ((uint32_t)n < len)
+			return -1;
+		owe(u, i);
+	}
+	return !lost;
+}
+
+static int take_tcp(struct fast_up *u, uint32_t i, const uint8_t *eth, const struct rn_parsed *p)
+{
+	const uint8_t *th = eth + p->l4_off;
+	struct rn_flow *f = &u->flows->flow[i];
+	int r = 0;
+
+	if ((th[RN_TCP_FLAGS] & (uint8_t)~RN_TH_PSH) != RN_TH_ACK || p->payload_off - p->l4_off != RN_TCP_HLEN)
+		return 0;
+	if (!rn_half_claim(&f->up.owner, u->me))
+		return 0;
+	/* The entry may be another flow's by now, with its CLOSE still in the ring; a new MAC address is for egress. */
+	if (RN_LIKELY(f->gen == u->flow[i].gen && !memcmp(eth + 6, f->guest_mac, 6)))
+		r = segment(u, i, f, eth, p);
+	rn_half_leave(&f->up.owner, r < 0 ? u->egress : u->me);
+	if (r > 0)
+		u->s->c[RN_C_fast_frames]++;
+	return r > 0;
+}
+
+int fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t flags)
+{
+	struct rn_view v = { .data = eth, .len = len };
+	struct rn_vnet_hdr vnet;
+	struct rn_parsed p;
+	uint32_t i;
+
+	if (!u->n || len < RN_ETH_HLEN + RN_IP4_HLEN + RN_UDP_HLEN || rn_get16(eth + 12) != RN_ETHERTYPE_IPV4 ||
+	    eth[RN_ETH_HLEN] != 0x45)
+		return 0;
+	i = lookup(u, eth);
+	if (i == NONE)
+		return 0;
+	if (flags & RN_DESC_VNET)
+		memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
+	if (rn_parse_frame(&v, flags & RN_DESC_VNET ? &vnet : NULL, &u->cfg.parse, &p) != RN_V_BRIDGE)
+		return 0; /* classify says why, and counts it */
+	if (p.ip_proto == RN_IPPROTO_TCP)
+		return take_tcp(u, i, eth, &p);
+	return 0;
+}
+
+void fast_up_sent(struct fast_up *u)
+{
+	uint32_t i = u->barrier;
+
+	if (RN_LIKELY(i == NONE))
+		return;
+	if (rn_stage_notice(u->s, RN_ROLE_CLASSIFY, rn_fn_flags(RN_FN_BARRIER), i, u->flow[i].gen))
+		return; /* full: behind one of the next frames, then */
+	u->barrier = NONE;
+	u->barrier_until = u->s->now + BARRIER_NS;
+	u->s->c[RN_C_promote_barriers]++;
+}
+
+/* --- what the guest is told --- */
+
+/* Wait for room in the host socket, or not any more. */
+static void watch_room(struct fast_up *u, uint32_t i)
+{
+	struct fast_flow *ff = &u->flow[i];
+	struct epoll_event ev = { .events = EPOLLOUT | EPOLLONESHOT, .data.u64 = RN_EV(RN_TAG_FLOW, i) };
+
+	/* Both look at the socket at once, and make the kernel tell when a full one has a third free again. */
+	if (!epoll_ctl(u->s->epfd, ff->watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, ff->fd, &ev))
+		ff->watched = 2;
+}
+
+/* I3. Never back (RFC 9293 3.8.6), and not by crumbs (3.8.6.2.2). 1: it moved. */
+static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
+{
+	struct fast_flow *ff = &u->flow[i];
+	uint32_t limit = ff->scaled ? 65535u << RN_TCP_WSCALE : 65535u, mtu = u->cfg.parse.mtu, room, edge;
+	uint32_t wnd = f->up.rcv_adv - f->up.rcv_nxt;
+	int out = 0, moved = 0;
+
+	if (ioctl(ff->fd, SIOCOUTQ, &out) < 0)
+		return 0;
+	if (!ff->sndbuf || (uint32_t)out > ff->sndbuf / 2) {
+		int sz = 0;
+		socklen_t l = sizeof(sz);
+
+		if (getsockopt(ff->fd, SOL_SOCKET, SO_SNDBUF, &sz, &l) == 0 && sz > 0)
+			ff->sndbuf = (uint32_t)sz;
+	}
+	room = ff->sndbuf / 4 * 3; /* the rest is for the kernel's bookkeeping; what does not fit all the same is parked */
+	room = room > (uint32_t)out ? room - (uint32_t)out : 0;
+	if (room > limit)
+		room = limit;
+	edge = f->up.rcv_nxt + room;
+	if (SEQ_GT(edge, f->up.rcv_adv) && (edge - f->up.rcv_adv >= 2u * mtu || wnd < 4u * mtu)) {
+		RN_SHOW(f->up.rcv_adv, edge);
+		wnd = room;
+		moved = 1;
+	}
+	if (wnd < ff->sndbuf / 4 && wnd < limit && ff->watched != 2)
+		watch_room(u, i);
+	return moved;
+}
+
+/* Write the ACK, or hand it to guest_rx. 0, or -EAGAIN: no room or buffer there, asked for. */
+static int write_ack(struct fast_up *u, struct rn_flow *f, const struct rn_tcpseg *t)
+{
+	struct rn_vnet_hdr *vnet = (struct rn_vnet_hdr *)(u->ack_buf + 4);
+	uint8_t *eth = u->ack_buf + 4 + RN_VNET_HLEN;
+	struct rn_buf *b;
+	uint32_t len;
+
+	if (u->cfg.direct && u->link->fd >= 0 && rn_link_atomic(u->link)) {
+		len = rn_tcpseg_build(f, t, eth, vnet);
+		rn_tap_frame(u->s, RN_TAP_LINK, RN_PCAP_TO_GUEST, eth, len);
+		if (rn_link_write(u->link, eth - RN_VNET_HLEN, len) != -EAGAIN) {
+			rn_tap_done(u->s);
+			return 0; /* written; or lost for a reason guest_rx counts with the next frame */
+		}
+		rn_tap_undo(u->s);
+	}
+	if (!rn_stage_room(u->s, RN_ROLE_GUEST, 1))
+		return -EAGAIN;
+	b = rn_buf_alloc(&u->s->pool, RN_SMALL);
+	if (!b) {
+		u->s->want_buf = 1;
+		return -EAGAIN;
+	}
+	eth = (uint8_t *)b + RN_BUF_ETH_OFF;
+	len = rn_tcpseg_build(f, t, eth, (struct rn_vnet_hdr *)(eth - RN_VNET_HLEN));
+	rn_stage_emit(u->s, RN_ROLE_GUEST, b, eth, len, u->cfg.offload ? RN_DESC_VNET : 0);
+	return 0;
+}
+
+static void make_late(struct fast_up *u, uint32_t i)
+{
+	struct fast_flow *ff = &u->flow[i];
+
+	if (ff->late)
+		return;
+	ff->late = 1;
+	ff->late_next = NONE;
+	ff->late_due = u->s->now + DELAY_NS;
+	if (u->late == NONE)
+		u->late = i;
+	else
+		u->flow[u->late_tail].late_next = i;
+	u->late_tail = i;
+}
+
+/* Tell the guest what is owed to it. @due: 1: no waiting for an answer any more. 0, or -EAGAIN. */
+static int tell(struct fast_up *u, uint32_t i, int due)
+{
+	struct fast_flow *ff = &u->flow[i];
+	struct rn_flow *f = &u->flows->flow[i];
+	uint32_t acked;
+	int r = 0, moved;
+
+	if (!ff->proto || !rn_half_claim(&f->up.owner, u->me))
+		return 0; /* egress has it, and acknowledges what it finds unacknowledged */
+	if (f->gen != ff->gen)
+		goto leave;
+	moved = update_window(u, i, f);
+	acked = RN_LOOK(f->up.acked);
+	if (due && ff->late) {
+		if (acked == f->up.rcv_nxt)
+			ff->in_turn += ff->in_turn < SPEAKS_IN_TURN;
+		else
+			ff->in_turn = 0;
+	}
+	if (acked == f->up.rcv_nxt && !(moved && ff->told_window))
+		goto leave;
+	if (!due && !ff->told_window && f->up.rcv_nxt - acked < 2u * (u->cfg.parse.mtu - 40u)) {
+		make_late(u, i);
+		if (ff->in_turn >= SPEAKS_IN_TURN)
+			goto leave;
+	}
+	struct rn_tcpseg t = {
+		.seq = __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE), .ack = f->up.rcv_nxt, .flags = RN_TH_ACK,
+		.wnd = rn_tcp_window_field(f->up.rcv_adv - f->up.rcv_nxt, ff->scaled), .ip_id = u->ip_id++,
+		.gateway_mac = u->cfg.parse.gateway_mac, .offload = u->cfg.offload, .mss = UINT16_MAX,
+	};
+
+	r = write_ack(u, f, &t);
+	if (!r) {
+		RN_SHOW(f->up.acked, t.ack);
+		u->s->c[RN_C_tcp_fast_acks]++;
+	}
+leave:
+	rn_half_leave(&f->up.owner, u->me);
+	return r;
+}
+
+int fast_up_flush(struct fast_up *u)
+{
+	while (u->owed != NONE) {
+		uint32_t i = u->owed;
+		struct fast_flow *ff = &u->flow[i];
+
+		if (tell(u, i, 0))
+			return 1;
+		u->owed = ff->owed_next;
+		ff->owed = 0;
+		ff->told_window = 0;
+	}
+	while (u->late != NONE && u->s->now >= u->flow[u->late].late_due) {
+		uint32_t i = u->late;
+		struct fast_flow *ff = &u->flow[i];
+
+		if (tell(u, i, 1))
+			return 1;
+		ff->late = 0;
+		u->late = ff->late_next;
+	}
+	return 0;
+}
+
+void fast_up_event(struct fast_up *u, uint32_t i, uint32_t events)
+{
+	(void)events; /* room, or the socket's end: egress is told of that too */
+	if (i >= u->nflows || !u->flow[i].proto || u->flow[i].watched != 2)
+		return;
+	u->flow[i].watched = 1;
+	u->flow[i].told_window = 1;
+	owe(u, i);
+}
+
+uint64_t fast_up_deadline(const struct fast_up *u)
+{
+	uint64_t at = u->late == NONE ? UINT64_MAX : u->flow[u->late].late_due;
+
+	return u->barrier_until && u->barrier_until < at ? u->barrier_until : at;
+}

@@ -1,0 +1,39 @@
+/* rn_tcpseg.h - the headers of a TCP segment to the guest, whichever stage sends it. */
+#ifndef RN_TCPSEG_H
+#define RN_TCPSEG_H
+
+#include "rn_flow.h"
+#include "rn_proto.h"
+
+#define RN_TCP_WSCALE 7u /* our shift: 8 MiB, above the kernel's largest send buffer estimate (RFC 7323 2.2) */
+
+struct rn_tcpseg {
+	uint32_t seq, ack;
+	uint8_t flags;	/* RN_TH_*; without RN_TH_ACK @ack is not sent */
+	uint16_t wnd;	/* as it goes into the header */
+	uint16_t ip_id; /* with DF it may be anything (RFC 6864 4.1) */
+	const uint8_t *opt;
+	uint32_t optlen; /* multiple of 4, at most 40 */
+	uint32_t len;	 /* payload bytes, which lie behind the headers */
+	uint32_t mss;	 /* more than this is a super-frame */
+	const uint8_t *gateway_mac;
+	int offload; /* the link completes checksums and cuts super-frames: virtio 1.2 5.1.6.2 */
+};
+
+/* Write Ethernet, IPv4 and TCP header at @eth and, if @s->offload, the virtio-net header at @vnet; else @vnet is zeroed.
+ * Payload is read only if the checksum must be made here. Returns bytes of frame. */
+uint32_t rn_tcpseg_build(const struct rn_flow *f, const struct rn_tcpseg *s, uint8_t *eth, struct rn_vnet_hdr *vnet);
+
+/* Ethernet + IPv4 header (no options, checksum made) for @l4_len bytes behind it. */
+void rn_ip4_build(uint8_t *eth, const uint8_t to_mac[6], const uint8_t from_mac[6], const uint8_t src[4],
+		  const uint8_t dst[4], uint8_t proto, uint8_t ttl, uint16_t id, uint16_t frag, uint32_t l4_len);
+
+/* What the window field says of @wnd bytes. */
+static inline uint16_t rn_tcp_window_field(uint32_t wnd, int scaled)
+{
+	if (scaled)
+		wnd >>= RN_TCP_WSCALE;
+	return (uint16_t)(wnd > 65535u ? 65535u : wnd);
+}
+
+#endif
