@@ -22,6 +22,8 @@
 
 /* CFFI BEGIN */
 #define RN_RING_SLOTS_MAX 32768
+#define RN_DESC_HAS_VNET 1 /* RN_DESC_VNET, for Python */
+#define RN_VNET_BYTES 12   /* RN_VNET_HLEN */
 
 struct rn_desc {
 	uint64_t off;	 /* bytes from the start of the arena to the Ethernet header */
@@ -31,6 +33,7 @@ struct rn_desc {
 };
 /* CFFI END */
 
+_Static_assert(RN_VNET_BYTES == RN_VNET_HLEN && RN_DESC_HAS_VNET == 1, "as below");
 #define RN_DESC_VNET 1u /* the 12 bytes before @off hold a virtio-net header that means something */
 #define RN_DESC_FLOW 2u /* no frame: a notice about a flow (rn_promote.h) */
 #define RN_NOTICE_OFF (1ull << 63) /* of such a one: in no arena, so that it is never taken for a frame */

@@ -13,7 +13,12 @@ def main() -> int:
             return int(stage(sys.argv[2:]))
         from pipeline.by_hand import main as by_hand
 
-        return by_hand(sys.argv[2:], stage)
+        def replay(*args: object, **options: object) -> int:
+            from pipeline.replay import main as alone
+
+            return int(alone(*args, **options))  # type: ignore[arg-type]
+
+        return by_hand(sys.argv[2:], stage, replay)
     from pipeline.cli import main as command
 
     return command(sys.argv[1:])

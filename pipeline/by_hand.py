@@ -1,4 +1,5 @@
-"""`ringnet stage NAME --session S`: become a stage of a running session, in the foreground (docs/debugging.md).
+"""`ringnet stage NAME --session S`: become a stage of a running session, in the foreground; and --replay: run one alone, on
+a file (docs/debugging.md).
 
 Asks the session's control API for the seat, gets one end of the stage's control socket, and goes on as a stage that the
 supervisor started: from here on pipeline/stage.py does not know the difference but for ^C.
@@ -14,9 +15,13 @@ from typing import Any
 from pipeline import api
 from pipeline.api import ApiError
 from pipeline.client import Client, ClientError, find
+from pipeline.config import ConfigError, Settings, load_toml, make
 from pipeline.topology import TOPOLOGY
 
-Stage = Callable[..., Any]  # pipeline.stage.main: a command may not import what stages share
+Stage = Callable[..., Any]  # pipeline.stage.main, pipeline.replay.main: a command may not import what stages share
+
+
+REPLAYED = ("guest_tx", "classify", "egress", "services", "guest_rx")
 
 
 class HandUsage(Exception):
@@ -30,7 +35,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     p = Parser(prog="ringnet stage", allow_abbrev=False,
-               description="Take a held stage's place in a running session, in the foreground; ^C frees it again.",
+               usage="ringnet stage NAME [--session S] | ringnet stage NAME --replay IN --out OUT [options]",
+               description="Take a held stage's place in a running session, in the foreground; ^C frees it again. Or, with"
+                           " --replay, run the stage alone on a capture file: what it makes of it is the same each time.",
                epilog="The supervisor starts stages with --control-fd N instead. exit status: 0 it ended in order; 1 it"
                       " failed, or the seat is not free; 2 usage; 3 the session is gone; 4 control message not"
                       " understood")
@@ -40,7 +47,21 @@ def parser() -> Parser:
     where.add_argument("-s", "--session", metavar="S", default="",
                        help="which session ($RINGNET_SESSION; else the only one)")
     where.add_argument("--api-socket", metavar="PATH", default="", help="the session's control socket instead")
+    alone = p.add_argument_group("replay")
+    alone.add_argument("--replay", metavar="IN", default="", help="a pcapng or pcap file: what the guest sent (for guest_rx:"
+                       " got), or what was on the stage's input rings")
+    alone.add_argument("--out", metavar="OUT", default="", help="pcapng file for what comes out, an interface a ring")
+    alone.add_argument("--seed", metavar="N", type=int, default=1, help="of keys and numbers (1)")
+    alone.add_argument("--clock", choices=["virtual", "real"], default="virtual",
+                       help="virtual: the recording's times, at once (default); real: as long as it took")
+    alone.add_argument("--host", metavar="SCRIPT.toml", default="", help="servers on the host side, for egress and services")
+    alone.add_argument("--set", metavar="FILE.toml", default="", dest="config", help="the session's options, as run --config")
     return p
+
+
+def settings_of(path: str) -> Settings:
+    """Raises ConfigError."""
+    return make(load_toml(path) if path else {})
 
 
 def elsewhere(pid: int) -> bool:
@@ -64,13 +85,25 @@ def take(name: str, path: str) -> tuple[int, str, int]:
         return client.fds.pop(), seat.session, seat.generation
 
 
-def main(argv: list[str], stage: Stage) -> int:
+def main(argv: list[str], stage: Stage, replay: Stage) -> int:
     """Returns the exit code."""
     try:
         args = parser().parse_args(argv)
+        if bool(args.replay) != bool(args.out):
+            raise HandUsage("ringnet stage: --replay and --out go together (see ringnet stage --help)")
+        if args.replay:
+            if args.name not in REPLAYED:
+                raise HandUsage(f"ringnet stage: {args.name} cannot be replayed; {', '.join(REPLAYED)} can")
+            if not 0 <= args.seed < 1 << 63:
+                raise HandUsage(f"ringnet stage: --seed {args.seed}: not within 0..2^63-1")
+            return int(replay(args.name, settings_of(args.config), args.replay, args.out, seed=args.seed, clock=args.clock,
+                              host=args.host))
         fd, session, generation = take(args.name, args.api_socket or str(find(args.session)))
     except HandUsage as e:
         print(e, file=sys.stderr)
+        return 2
+    except ConfigError as e:
+        print(f"ringnet stage: {str(e).replace('--config', '--set', 1)}", file=sys.stderr)
         return 2
     except (ClientError, ApiError) as e:
         print(f"ringnet stage: {e}", file=sys.stderr)

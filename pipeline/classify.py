@@ -38,9 +38,14 @@ def c_config(cfg: Config) -> Any:
     })
 
 
+def init(cfg: Config, ctx: StageContext) -> None:
+    """Make ctx.stage this stage. Raises StageError."""
+    if lib.stage_classify_init(ctx.stage, c_config(cfg)) < 0:
+        raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode() or "classify: out of memory")
+
+
 def run(cfg: Config, ctx: StageContext) -> Ended:
     """Move frames until told to stop. Raises StageError for a gateway outside the subnet, or if a neighbour's
     ring index is impossible; never for a bad frame."""
-    if lib.stage_classify_init(ctx.stage, c_config(cfg)) < 0:
-        raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode() or "classify: out of memory")
+    init(cfg, ctx)
     return ctx.run_loop()

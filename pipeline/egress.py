@@ -194,8 +194,8 @@ def _handle(ctx: StageContext) -> None:
     ctx.handlers |= {CloseFlow: close_flow, Notices: notices, ForwardsChange: Forwards(ctx.stage).change}
 
 
-def run(cfg: Config, ctx: StageContext) -> Ended:
-    """Move frames until told to stop. Raises StageError with the data plane's text; never for a bad frame."""
+def init(cfg: Config, ctx: StageContext) -> None:
+    """Make ctx.stage this stage. Raises StageError with the data plane's text."""
     if ctx.flows is None:
         raise StageError("the flow table was not granted")
     rc = lib.stage_egress_init(ctx.stage, *ctx.flows, _c_config(cfg, ctx.fds.get("raw_icmp", -1)))
@@ -210,6 +210,11 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
         set_proxy(ctx.stage, cfg.proxy, ctx.names)
     set_policy(ctx.stage, cfg.policy)
     _handle(ctx)
+
+
+def run(cfg: Config, ctx: StageContext) -> Ended:
+    """Move frames until told to stop. Raises StageError with the data plane's text; never for a bad frame."""
+    init(cfg, ctx)
 
     def tell() -> None:
         for refused in refusals(ctx.stage, cfg.policy):

@@ -52,9 +52,8 @@ def _promote(cfg: Config, ctx: StageContext) -> None:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
 
 
-def run(cfg: Config, ctx: StageContext) -> Ended:
-    """Move frames until told to stop. Raises StageError if the link cannot be watched, or a neighbour's ring
-    index is impossible; never for a frame the link does not take."""
+def init(cfg: Config, ctx: StageContext) -> None:
+    """Make ctx.stage this stage. Raises StageError."""
     link = ffi.new("struct rn_link *", {"fd": ctx.fds["link"], "kind": KINDS[cfg.link_kind], "vnet": int(cfg.vnet),
                                         "frame_max": cfg.frame_max})
     if lib.stage_guest_rx_init(ctx.stage, link, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
@@ -66,4 +65,10 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
             raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.promote:
         _promote(cfg, ctx)
+
+
+def run(cfg: Config, ctx: StageContext) -> Ended:
+    """Move frames until told to stop. Raises StageError if the link cannot be watched, or a neighbour's ring
+    index is impossible; never for a frame the link does not take."""
+    init(cfg, ctx)
     return ctx.run_loop()

@@ -30,6 +30,7 @@ IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
 RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
 RTNH_F_ONLINK = 4
 RT_TABLE_MAIN, RTPROT_DHCP, RTN_UNICAST = 254, 16, 1
+RT_TABLE_LOCAL, RTN_LOCAL, RT_SCOPE_HOST = 255, 2, 254
 RTPROT_OURS = 82  # of routes into a guest: by it those of a session that was killed are found
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 IFF_UP = 1
@@ -242,6 +243,13 @@ def route_add(network: ipaddress.IPv4Network, via: ipaddress.IPv4Address, oif: i
 def route_delete(network: ipaddress.IPv4Network, via: ipaddress.IPv4Address, oif: int) -> None:
     """Raises NetlinkError: ESRCH if there is none."""
     _route("remove", RTM_DELROUTE, 0, network, via, oif)
+
+
+def every_address_is_local(oif: int) -> None:
+    """In a namespace of one's own: whatever is connected to is this machine. Raises NetlinkError."""
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, RT_TABLE_LOCAL, RTPROT_OURS, RT_SCOPE_HOST, RTN_LOCAL, 0)
+    _request("make every address local", RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL,
+             body + _attr(RTA_OIF, struct.pack("=i", oif)))
 
 
 def link_events() -> socket.socket:

@@ -46,6 +46,7 @@ class Lib:
     RN_CLONE_NEWNS: int
     RN_CLONE_NEWPID: int
     RN_CLONE_NEWUSER: int
+    RN_DESC_HAS_VNET: int
     RN_DID_COUNT: int
     RN_DID_END: int
     RN_DID_OPEN: int
@@ -135,6 +136,7 @@ class Lib:
     RN_TAP_LINK: int
     RN_TAP_OPEN: int
     RN_TAP_SETUP: int
+    RN_VNET_BYTES: int
     RN_V_ARP: int
     RN_V_ARP_IGNORED: int
     RN_V_BAD_ARP: int

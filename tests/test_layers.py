@@ -6,6 +6,7 @@ Processes meet in a ring, a cell or a message; modules meet only downwards:
     cli, ctl, demo ...              the commands
     supervisor, monitor, netns ...  control (netlink, dhcp_client): never a stage file, they start stages as processes
     guest_tx, classify, ...         a stage a file: never another stage
+    replay, host_script             one stage alone, on a file
     stage                           what stages share
     topology, config, messages ...  declarations
     shm                             handles on shared objects; knows no stage
@@ -23,8 +24,9 @@ import pytest
 from pipeline.topology import TOPOLOGY
 
 REPO = Path(__file__).resolve().parent.parent
+ALONE = frozenset({"replay", "host_script"})  # one stage in one process: knows control, and loads a stage file by name
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
-DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2"})
+DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2", "pcapng"})
 COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture", "explain", "postmortem"})
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
                      "control_api", "hosts_book", "session_dir", "client", "seats", "captures", "capture_file",
@@ -39,7 +41,7 @@ def layer(module: str) -> str:
     name = rest.partition(".")[0]
     if name in STAGES:
         return f"stage file {name}"
-    for words, names in (("declarations", DECLARATIONS), ("commands", COMMANDS), ("control", CONTROL),
+    for words, names in (("declarations", DECLARATIONS), ("commands", COMMANDS), ("control", CONTROL), ("alone", ALONE),
                          ("stage", {"stage"}), ("main", {"__main__"}), ("package", {""})):
         if name in names:
             return words
@@ -55,7 +57,7 @@ def allowed(importer: str, imported: str) -> bool:
         return True  # a stage's own package, declarations among themselves, ...
     below = {"shm": set(), "declarations": {"shm"}, "stage": {"shm", "declarations"},
              "control": {"shm", "declarations"}, "commands": {"shm", "declarations", "control"},
-             "main": {"commands", "stage"}}
+             "alone": {"shm", "declarations", "control", "stage"}, "main": {"commands", "stage", "alone"}}
     if who.startswith("stage file"):
         return what in ("shm", "stage") or imported in ("pipeline.config", "pipeline.messages")
     return what in below[who]

@@ -105,11 +105,13 @@ class Services:
     """The stage's objects, tied to the ring. Tests drive it with a stage of their own."""
 
     def __init__(self, cfg: Config, stage: Any, loop: Loop, listener: socket.socket | None = None,
-                 wall_clock: Callable[[], float] = time.time, names: NamesWriter | None = None) -> None:
+                 wall_clock: Callable[[], float] = time.time, names: NamesWriter | None = None,
+                 seed: int | None = None) -> None:
+        """seed: first identification of fragmented replies; random if None."""
         self.stage = stage
         self.loop = loop
         self.count = counter_sink(stage)
-        conf = ffi.new("struct services_config *", {"mtu": cfg.mtu, "seed": secrets.randbits(16)})
+        conf = ffi.new("struct services_config *", {"mtu": cfg.mtu, "seed": secrets.randbits(16) if seed is None else seed & 0xFFFF})
         if lib.stage_services_init(stage, conf) < 0:
             raise StageError(ffi.string(lib.rn_stage_error(stage)).decode())
         self._mac = bytes.fromhex(cfg.gateway_mac.replace(":", ""))

@@ -143,6 +143,8 @@ def test_what_a_killed_stage_left_is_read_after_the_session(session: Attached, c
         there = listener.getsockname()
         with connect(guest_ns, there) as guest, listener.accept()[0]:
             guest.sendall(b"twelve bytes")
+            while not any(f.up_bytes == 12 for f in client.call(api.FlowsList()).flows):
+                assert session.process.poll() is None
             os.kill({s.name: s.pid for s in client.call(api.Stages()).stages}["egress"], signal.SIGKILL)
             assert session.wait() == 70
     assert f"ringnet postmortem {tmp_path}/dumps/ringnet-s-" in session.output()
