@@ -16,10 +16,10 @@ from bench.report import number, table
 from bench.results import ResultsError, conditions, replaced
 from shm import build_dataplane
 
-PARTS = ("machine", "ring", "arena", "classify", "checksum", "tcp_up")
+PARTS = ("machine", "ring", "arena", "classify", "checksum", "tcp_up", "fast_up")
 MARK, END = "<!-- generated: micro (tools/bench/micro --docs) -->", "<!-- end of generated: micro -->"
 CSRC = build_dataplane.CSRC
-WRAPPED = ("sendmsg", "send", "recv", "getsockopt", "epoll_wait", "ioctl")  # tcp_up.c times these
+WRAPPED = ("sendmsg", "send", "recv", "getsockopt", "epoll_wait", "ioctl", "write")  # syscalls.c times these
 FLAGS = [*build_dataplane.BASE_FLAGS, *build_dataplane.STRICT_FLAGS, f"-I{CSRC}"]
 
 

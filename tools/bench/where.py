@@ -198,10 +198,14 @@ def look(d: drivers.Datapath, work: Work, secs: float, scratch: Path) -> Case:
                 dict(kinds.most_common()), [(s, share * all_us) for s, _, share in shares[:12]])
 
 
-def markdown(cases: Sequence[Case], meta: dict[str, Any]) -> str:
-    parts = [f"Measured {meta['date']} on Linux {meta['kernel']}, {meta['cpus']} CPUs ({meta['cpu']}), MTU {meta['mtu']}, "
-             f"{meta['driver']} at commit {meta['commit']}.\n"]
-    rows = []
+def markdown(by_driver: dict[str, list[Case]], meta: dict[str, Any]) -> str:
+    said = (f"Measured {meta['date']} on Linux {meta['kernel']}, {meta['cpus']} CPUs ({meta['cpu']}), MTU {meta['mtu']}, "
+            f"ringnet at commit {meta['commit']}.\n")
+    return "\n".join([said, *(f"### {name}\n\n{_of_driver(cases)}" for name, cases in by_driver.items())])
+
+
+def _of_driver(cases: Sequence[Case]) -> str:
+    parts, rows = [], []
     for c in cases:
         for name in c.cpu_us:
             calls = sorted(c.calls.get(name, {}).items(), key=lambda kv: -kv[1])
@@ -219,7 +223,8 @@ def markdown(cases: Sequence[Case], meta: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="tools/bench/where", description="Where the time of a request, or of 64 KiB, goes.")
-    p.add_argument("--driver", default="ringnet", help="ringnet, pasta, slirp4netns, or NAME=COMMAND as in tools/bench/run")
+    p.add_argument("--driver", action="append", metavar="NAME",
+                   help="ringnet (the default), pasta, slirp4netns, or NAME=COMMAND as in tools/bench/run; may be repeated")
     p.add_argument("--newer-pasta", metavar="PATH", help="as in tools/bench/run: driver pasta25")
     p.add_argument("--mtu", type=int, default=1500)
     p.add_argument("--secs", type=float, default=2.0, help="of each of three runs a kind of work (default %(default)s)")
@@ -229,39 +234,44 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def chosen(args: argparse.Namespace) -> tuple[drivers.Driver, list[Work]]:
-    known = drivers.builtin(args.newer_pasta)
-    driver = drivers.custom(args.driver) if "=" in args.driver else known.get(args.driver)
-    if driver is None or driver.kind == "kernel":
-        raise LabError(f"--driver {args.driver}: not one of {', '.join(n for n in known if n != 'kernel')}")
+def chosen(args: argparse.Namespace) -> tuple[list[drivers.Driver], list[Work]]:
+    known = {name: d for name, d in drivers.builtin(args.newer_pasta).items() if d.kind != "kernel"}
+    which = []
+    for name in args.driver or ["ringnet"]:
+        if "=" not in name and name not in known:
+            raise LabError(f"--driver {name}: not one of {', '.join(known)}")
+        which.append(drivers.custom(name) if "=" in name else known[name])
     names = args.work.split(",")
     if unknown := set(names) - {w.name for w in WORKS}:
         raise LabError(f"--work {', '.join(sorted(unknown))}: not one of {', '.join(w.name for w in WORKS)}")
     for program in ("strace", "perf"):
         if not shutil.which(program):
             raise LabError(f"{program} is not installed")
-    return driver, [w for w in WORKS if w.name in names]
+    return which, [w for w in WORKS if w.name in names]
 
 
 def main() -> int:
     args = parser().parse_args()
     try:
-        driver, works = chosen(args)
+        which, works = chosen(args)
         lab.reap()
-        meta = conditions() | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "mtu": args.mtu,
-                               "driver": driver.name}
-        cases = []
-        with tempfile.TemporaryDirectory(prefix="ringnet-bench-") as scratch, drivers.running(
-                driver, lab.Lab(), args.mtu, forwards=False) as datapath:
-            for work in works:
-                cases.append(look(datapath, work, args.secs, Path(scratch)))
-                print(f"{work.name}: {sum(cases[-1].cpu_us.values()):.1f} us CPU each {work.unit}", file=sys.stderr, flush=True)
+        meta = conditions() | {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "mtu": args.mtu}
+        found: dict[str, list[Case]] = {}
+        for driver in which:
+            with tempfile.TemporaryDirectory(prefix="ringnet-bench-") as scratch, drivers.running(
+                    driver, lab.Lab(), args.mtu, forwards=False) as datapath:
+                cases = found.setdefault(driver.name, [])
+                for work in works:
+                    cases.append(look(datapath, work, args.secs, Path(scratch)))
+                    print(f"{driver.name}, {work.name}: {sum(cases[-1].cpu_us.values()):.1f} us CPU each {work.unit}",
+                          file=sys.stderr, flush=True)
         if args.json:
-            args.json.write_text(json.dumps({"meta": meta, "cases": [asdict(c) for c in cases]}, indent=1) + "\n")
+            args.json.write_text(json.dumps({"meta": meta, "cases": {name: [asdict(c) for c in cases]
+                                                                     for name, cases in found.items()}}, indent=1) + "\n")
         if args.docs:
-            args.docs.write_text(replaced(args.docs.read_text(), MARK, END, markdown(cases, meta)))
+            args.docs.write_text(replaced(args.docs.read_text(), MARK, END, markdown(found, meta)))
         else:
-            print(markdown(cases, meta), end="")
+            print(markdown(found, meta), end="")
     except (LabError, ResultsError, OSError) as e:
         print(f"where: {e}", file=sys.stderr)
         return 1

@@ -1,8 +1,6 @@
 /* machine.c - what the machine asks for what every datapath does: a system call, a wake, a copy. The floor under the rest. */
 #include "micro.h"
 
-#include <errno.h>
-#include <netinet/in.h>
 #include <pthread.h>
 #include <sched.h>
 #include <string.h>
@@ -170,22 +168,14 @@ static uint64_t moves(void *ctx, uint32_t n)
 
 static void measure_sockets(void)
 {
-	struct sockaddr_in sin = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-	socklen_t l = sizeof(sin);
 	static struct sock_ctx c;
-	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
-	c.from = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	NEED(listener >= 0 && c.from >= 0 && !bind(listener, (struct sockaddr *)&sin, l) && !listen(listener, 1) &&
-	     !getsockname(listener, (struct sockaddr *)&sin, &l) && !connect(c.from, (struct sockaddr *)&sin, l));
-	c.to = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-	NEED(c.to >= 0);
+	micro_tcp_pair(&c.from, &c.to);
 	micro("machine", "send() of 64 KiB, TCP on loopback, delivery included", PIECE, 1500, moves, &c);
 	c.receiving = 1;
 	micro("machine", "recv() of 64 KiB", PIECE, 1500, moves, &c);
 	close(c.from);
 	close(c.to);
-	close(listener);
 }
 
 void micro_machine(void)

@@ -20,6 +20,7 @@ static const struct {
 	{ "machine", micro_machine }, { "ring", micro_ring },	      { "arena", micro_arena },
 	{ "classify", micro_classify },
 	{ "checksum", micro_checksum }, { "tcp_up", micro_tcp_up },
+	{ "fast_up", micro_fast_up },
 };
 
 uint64_t micro_now(void)

@@ -17,8 +17,16 @@ typedef uint64_t (*micro_fn)(void *ctx, uint32_t n);
 
 /* Measure and print. @bytes: payload an operation moves, 0: not a matter of bytes. */
 void micro(const char *part, const char *what, uint32_t bytes, uint32_t n, micro_fn round, void *ctx);
-/* A figure that was computed from several, ns an operation. */
+/* Print figures, ns an operation. */
 void micro_say(const char *part, const char *what, uint32_t bytes, const double ns[ROUNDS]);
+
+/* The same, with the time in system calls (while micro_timed is 1) and the rest as cases of their own. */
+void micro_split(const char *part, const char *what, uint32_t bytes, uint32_t n, micro_fn round);
+extern int micro_timed;
+extern uint64_t micro_kernel_ns; /* the round sets it to 0 */
+
+/* Two ends of a TCP connection on loopback; the server's buffer is large. */
+void micro_tcp_pair(int *client, int *server);
 
 uint64_t micro_now(void);
 void *micro_memory(uint64_t size); /* zeroed, page-aligned; never NULL */
@@ -39,5 +47,6 @@ void micro_arena(void);
 void micro_classify(void);
 void micro_checksum(void);
 void micro_tcp_up(void);
+void micro_fast_up(void);
 
 #endif

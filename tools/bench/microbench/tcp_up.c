@@ -7,13 +7,9 @@
  */
 #include "micro.h"
 
-#include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -32,71 +28,10 @@ static struct {
 	struct rn_ring_rx from;
 	int listener, server;
 	uint16_t port;
-	uint64_t now, in_kernel;
-	int timed; /* 1: in a timed part: system calls count */
+	uint64_t now;
 	uint32_t nxt, ack; /* guest's next sequence number, and what it acknowledges */
 	uint32_t acked;	   /* highest acknowledgement the guest got */
 } u;
-
-/* --- system calls of the stage, timed --- */
-
-#define TIMED(call)                                 \
-	do {                                        \
-		uint64_t t = u.timed ? micro_now() : 0; \
-		__typeof__(call) r = (call);        \
-                                                    \
-		if (u.timed)                        \
-			u.in_kernel += micro_now() - t; \
-		return r;                           \
-	} while (0)
-
-ssize_t __real_sendmsg(int fd, const struct msghdr *m, int flags);
-ssize_t __wrap_sendmsg(int fd, const struct msghdr *m, int flags);
-ssize_t __wrap_sendmsg(int fd, const struct msghdr *m, int flags)
-{
-	TIMED(__real_sendmsg(fd, m, flags));
-}
-
-ssize_t __real_send(int fd, const void *buf, size_t len, int flags);
-ssize_t __wrap_send(int fd, const void *buf, size_t len, int flags);
-ssize_t __wrap_send(int fd, const void *buf, size_t len, int flags)
-{
-	TIMED(__real_send(fd, buf, len, flags));
-}
-
-ssize_t __real_recv(int fd, void *buf, size_t len, int flags);
-ssize_t __wrap_recv(int fd, void *buf, size_t len, int flags);
-ssize_t __wrap_recv(int fd, void *buf, size_t len, int flags)
-{
-	TIMED(__real_recv(fd, buf, len, flags));
-}
-
-int __real_getsockopt(int fd, int level, int name, void *value, socklen_t *len);
-int __wrap_getsockopt(int fd, int level, int name, void *value, socklen_t *len);
-int __wrap_getsockopt(int fd, int level, int name, void *value, socklen_t *len)
-{
-	TIMED(__real_getsockopt(fd, level, name, value, len));
-}
-
-int __real_epoll_wait(int ep, struct epoll_event *ev, int n, int ms);
-int __wrap_epoll_wait(int ep, struct epoll_event *ev, int n, int ms);
-int __wrap_epoll_wait(int ep, struct epoll_event *ev, int n, int ms)
-{
-	TIMED(__real_epoll_wait(ep, ev, n, ms));
-}
-
-int __real_ioctl(int fd, unsigned long what, ...);
-int __wrap_ioctl(int fd, unsigned long what, ...);
-int __wrap_ioctl(int fd, unsigned long what, ...)
-{
-	va_list args;
-	void *arg;
-
-	va_start(args, what);
-	arg = va_arg(args, void *);
-	va_end(args);
-	TIMED(__real_ioctl(fd, what, arg));
-}
 
 /* --- set-up --- */
 
@@ -228,21 +163,21 @@ static uint64_t segments(void *ctx, uint32_t n)
 	static uint8_t sink[1 << 20];
 	uint64_t spent = 0;
 
-	u.in_kernel = 0;
+	micro_kernel_ns = 0;
 	for (uint32_t done = 0; done < n; done += burst) {
 		uint64_t t;
 
 		for (uint32_t i = 0; i < burst; i++)
 			put(RN_TH_ACK, len);
 		rn_ring_publish(&u.tx);
-		u.timed = 1;
+		micro_timed = 1;
 		t = micro_now();
 		settle();
 		spent += micro_now() - t;
-		u.timed = 0;
+		micro_timed = 0;
 		take();
 		NEED(u.acked == u.nxt);
-		while (__real_recv(u.server, sink, sizeof(sink), 0) > 0)
+		while (recv(u.server, sink, sizeof(sink), 0) > 0)
 			;
 		settle(); /* not timed: what the emptied buffer made possible */
 		take();
@@ -252,31 +187,11 @@ static uint64_t segments(void *ctx, uint32_t n)
 
 void micro_tcp_up(void)
 {
-	static const struct {
-		uint32_t len, n;
-		const char *whole, *own, *kernel;
-	} sizes[] = {
-		{ 1460, 32 * 100, "MTU 1500", "MTU 1500, our code", "MTU 1500, system calls" },
-		{ 65160, 2 * 200, "super-frame", "super-frame, our code", "super-frame, system calls" },
-	};
-
 	listen_here();
 	make_stage();
 	shake_hands();
-	for (int i = 0; i < 2; i++) {
-		double all[ROUNDS], kernel[ROUNDS], own[ROUNDS];
-		uint32_t len = sizes[i].len;
-
-		segments(&len, sizes[i].n);
-		for (int r = 0; r < ROUNDS; r++) {
-			all[r] = (double)segments(&len, sizes[i].n) / sizes[i].n;
-			kernel[r] = (double)u.in_kernel / sizes[i].n;
-			own[r] = all[r] - kernel[r];
-		}
-		micro_say("tcp_up", sizes[i].whole, len, all);
-		micro_say("tcp_up", sizes[i].kernel, len, kernel);
-		micro_say("tcp_up", sizes[i].own, len, own);
-	}
+	micro_split("tcp_up", "MTU 1500", 1460, 32 * 100, segments);
+	micro_split("tcp_up", "super-frame", 65160, 2 * 200, segments);
 	rn_stage_fini(u.s);
 	rn_stage_free(u.s);
 	close(u.server);
