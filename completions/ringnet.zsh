@@ -23,6 +23,11 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"vm|--type" | "vm|--socket" | "vm|--fd" | "vm|--ready-fd" | "vm|--exit-fd" | "vm|--config" | "vm|-m" | "vm|--mtu" | "vm|-a" | "vm|--address" | "vm|-n" | "vm|--netmask" | "vm|-g" | "vm|--gateway" | "vm|--mac" | "vm|-D" | "vm|--dns" | "vm|-S" | "vm|--search" | "vm|--hosts" | "vm|-t" | "vm|--tcp-ports" | "vm|-u" | "vm|--udp-ports" | "vm|--policy" | "vm|--proxy" | "vm|--no-proxy" | "vm|--udp-without-proxy" | "vm|-p" | "vm|--pcap" | "vm|--session" | "vm|--api-socket" | "vm|-P" | "vm|--pid" | "vm|-I" | "vm|--ifname" | "vm|--resolv-conf" | "vm|--lease-file" | "vm|--udp-max" | "vm|--pending-max" | "vm|--peek" | "vm|--nic2" | "vm|--route" | "vm|--promote" | "vm|--seed" | "vm|--impair" | "vm|--hold" | "vm|--restarts" | "vm|--postmortem")
+			skip=1
+			option=$w
+			continue
+			;;
 		"ctl|-s" | "ctl|--session" | "ctl|--api-socket")
 			skip=1
 			option=$w
@@ -203,9 +208,19 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"passt|-s" | "passt|--socket" | "passt|-F" | "passt|--fd" | "passt|-t" | "passt|--tcp-ports" | "passt|-u" | "passt|--udp-ports" | "passt|-D" | "passt|--dns" | "passt|-m" | "passt|--mtu" | "passt|-a" | "passt|--address" | "passt|-n" | "passt|--netmask" | "passt|-g" | "passt|--gateway" | "passt|-P" | "passt|--pid" | "passt|-p" | "passt|--pcap")
+			skip=1
+			option=$w
+			continue
+			;;
+		"slirp4netns|-e" | "slirp4netns|--exit-fd" | "slirp4netns|-r" | "slirp4netns|--ready-fd" | "slirp4netns|-m" | "slirp4netns|--mtu" | "slirp4netns|--cidr" | "slirp4netns|--netns-type" | "slirp4netns|-6" | "slirp4netns|--enable-ipv6" | "slirp4netns|-a" | "slirp4netns|--api-socket" | "slirp4netns|--enable-sandbox" | "slirp4netns|--enable-seccomp" | "slirp4netns|--outbound-addr" | "slirp4netns|--outbound-addr6" | "slirp4netns|--disable-dns" | "slirp4netns|--macaddress" | "slirp4netns|--userns-path" | "slirp4netns|--target-type")
+			skip=1
+			option=$w
+			continue
+			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "explain" | "postmortem" | "completion" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -218,6 +233,8 @@ _ringnet() {
 		case "$path|$option" in
 		"run|--config" | "run|-p" | "run|--pcap" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|--resolv-conf" | "run|--lease-file") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"attach|--config" | "attach|-p" | "attach|--pcap" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|--resolv-conf" | "attach|--lease-file") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"vm|--type") COMPREPLY=($(compgen -W "qemu-stream qemu-dgram vfkit fd" -- "$cur")) ;;
+		"vm|--socket" | "vm|--config" | "vm|-p" | "vm|--pcap" | "vm|--api-socket" | "vm|-P" | "vm|--pid" | "vm|--resolv-conf" | "vm|--lease-file") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"ctl|-s" | "ctl|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
 		"ctl|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"ctl ls|-s" | "ctl ls|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
@@ -290,13 +307,17 @@ _ringnet() {
 		"capture|--proto") COMPREPLY=($(compgen -W "tcp udp icmp" -- "$cur")) ;;
 		"explain|-s" | "explain|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
 		"explain|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"passt|-s" | "passt|--socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"passt|-P" | "passt|--pid" | "passt|-p" | "passt|--pcap") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"slirp4netns|--netns-type") COMPREPLY=($(compgen -W "pid path" -- "$cur")) ;;
 		esac
 		return
 	fi
 	case "$path" in
-	"") COMPREPLY=($(compgen -W "run attach demo ctl capture explain postmortem completion stage -h --help --version" -- "$cur")) ;;
+	"") COMPREPLY=($(compgen -W "run attach vm demo ctl capture explain postmortem passt slirp4netns completion stage -h --help --version" -- "$cur")) ;;
 	"run") COMPREPLY=($(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"attach") COMPREPLY=($(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
+	"vm") COMPREPLY=($(compgen -W "-h --help --type --socket --fd -1 --one-off --vnet-hdr --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"demo") COMPREPLY=($(compgen -W "" -- "$cur")) ;;
 	"ctl") COMPREPLY=($(compgen -W "ls status stages statistics forward hosts flows close policy hold release pause step resume impair latency dump log events cancel start -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl ls") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
@@ -334,6 +355,8 @@ _ringnet() {
 	"capture") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -w --write --host --port --proto --flow --drops --snaplen -c --count --file-size --files --buffer -q --quiet" -- "$cur")) ;;
 	"explain") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -n --last --json" -- "$cur")) ;;
 	"postmortem") COMPREPLY=($(compgen -W "-h --help -n --last --json" -- "$cur")) ;;
+	"passt") COMPREPLY=($(compgen -W "-h --help -s --socket -F --fd -1 --one-off -f --foreground -t --tcp-ports -u --udp-ports -D --dns -m --mtu -a --address -n --netmask -g --gateway -P --pid -p --pcap -q --quiet -d --debug -e --stderr" -- "$cur")) ;;
+	"slirp4netns") COMPREPLY=($(compgen -W "-h --help -c --configure -e --exit-fd -r --ready-fd -m --mtu --cidr --disable-host-loopback --netns-type -6 --enable-ipv6 -a --api-socket --enable-sandbox --enable-seccomp --outbound-addr --outbound-addr6 --disable-dns --macaddress --userns-path --target-type" -- "$cur")) ;;
 	"completion") COMPREPLY=($(compgen -W "bash zsh -h --help" -- "$cur")) ;;
 	"stage") COMPREPLY=($(compgen -W "-h --help" -- "$cur")) ;;
 	esac

@@ -1,4 +1,4 @@
-"""The command line: `ringnet run | attach | ctl | capture | demo | completion | stage`. Parses, checks, calls;
+"""The command line: `ringnet run | attach | vm | ctl | capture | passt | slirp4netns | demo | completion | stage`. Parses, checks, calls;
 options come from pipeline.config.
 
 Wrong usage is one line and exit 2; what only running shows is one line and exit 1 (pipeline.messages.Exit).
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from pipeline.config import ConfigError, Settings, load_toml, make, options
 from pipeline.messages import Exit
 from pipeline.proxies import has_password
+from pipeline.vm_types import TYPES, VmOptions
 
 EPILOG = """exit status: 0 fine; 1 it could not be set up; 2 usage; 70 a stage died, 71 a stage failed, 72 a stage did
 not start. `ringnet run` otherwise ends with the command's own status (128 + n if signal n ended it)."""
@@ -25,6 +26,8 @@ OWN_PARSERS = {
     "capture": "write frames of a running session as pcapng",
     "explain": "what the stages decided about a flow, a drop counter or an address",
     "postmortem": "the same of a session that died",
+    "passt": "vm, with passt's options, for scripts that call it",
+    "slirp4netns": "attach, with slirp4netns's options, for scripts that call it",
 }
 
 
@@ -68,8 +71,9 @@ def add_settings(parser: argparse.ArgumentParser, *, tap: bool = False) -> None:
         parser.add_argument(*names, dest=o.key, default=argparse.SUPPRESS, help=o.help + default, **kind)
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
-    """Settings from a parsed command line and its --config file. Raises ConfigError."""
+def settings_from(args: argparse.Namespace, **defaults: Any) -> Settings:
+    """Settings from a parsed command line and its --config file. defaults: where the command has others, by attribute.
+    Raises ConfigError."""
     given = {o.key: getattr(args, o.key) for o in options() if hasattr(args, o.key)}
     if has_password(given.get("proxy", "")):
         print("ringnet: --proxy: every user of this machine can read a password on the command line; put the URL into"
@@ -78,7 +82,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         given["hosts"] = hosts_table(given["hosts"])
     from_file = load_toml(args.config) if args.config else {}
     try:
-        return make(from_file | given)
+        return make(defaults | from_file | given)
     except ConfigError as e:
         key = str(e).removeprefix("--").split()[0].rstrip(":")
         if key in from_file and key not in given:
@@ -97,15 +101,17 @@ def hosts_table(pairs: list[str]) -> dict[str, list[str]]:
     return table
 
 
-def descriptor(option: str, text: str) -> int:
-    """A descriptor we were started with. Raises UsageError."""
+def descriptor(option: str, text: str | None, command: str = "attach") -> int:
+    """A descriptor we were started with; -1: none. Raises UsageError."""
+    if text is None:
+        return -1
     try:
         fd = int(text)
         os.fstat(fd)
     except (ValueError, OverflowError):
-        raise UsageError(f"ringnet attach: --{option} {text}: not a descriptor number") from None
+        raise UsageError(f"ringnet {command}: --{option} {text}: not a descriptor number") from None
     except OSError:
-        raise UsageError(f"ringnet attach: --{option} {text}: not an open descriptor") from None
+        raise UsageError(f"ringnet {command}: --{option} {text}: not an open descriptor") from None
     return fd
 
 
@@ -129,6 +135,21 @@ def parser() -> Parser:
     attach.add_argument("--ready-fd", metavar="N", help="write 1 to this descriptor when ready, then close it")
     attach.add_argument("--exit-fd", metavar="N", help="end when this descriptor is readable or closed by its peer")
     add_settings(attach, tap=True)
+    vm = commands.add_parser("vm", allow_abbrev=False, epilog=EPILOG, help="serve a virtual machine",
+                             description="Serve a virtual machine that is connected by a socket (docs/vm.md), in the"
+                                         " foreground, until a signal. A machine that is started again finds the same"
+                                         " session.")
+    vm.add_argument("--type", required=True, choices=list(TYPES), metavar="TYPE",
+                    help="; ".join(f"{t.name}: {t.does}" for t in TYPES.values()))
+    vm.add_argument("--socket", metavar="PATH", default="",
+                    help="where the machine comes in: a path that is made, or for qemu-stream 127.0.0.1:PORT")
+    vm.add_argument("--fd", metavar="N", help="a connected socket, or a tap, instead")
+    vm.add_argument("-1", "--one-off", action="store_true", help="end with the first machine")
+    vm.add_argument("--vnet-hdr", action="store_true",
+                    help="each frame on the socket has a 12-byte virtio-net header, and offloads")
+    vm.add_argument("--ready-fd", metavar="N", help="write 1 to this descriptor when a machine may come, then close it")
+    vm.add_argument("--exit-fd", metavar="N", help="end when this descriptor is readable or closed by its peer")
+    add_settings(vm)
     demo = commands.add_parser("demo", add_help=False, help="show the main job with nothing but this machine")
     demo.add_argument("rest", nargs=argparse.REMAINDER)
     for name, does in OWN_PARSERS.items():
@@ -159,13 +180,21 @@ def main(argv: list[str]) -> int:
             if ours[:1] != ["run"]:
                 raise UsageError("ringnet: only run takes a command after -- (see ringnet run --help)")
         if not argv:
-            raise UsageError("ringnet: say what to do: run, attach, ctl or demo (see ringnet --help)")
+            raise UsageError("ringnet: say what to do: run, attach, vm, ctl or demo (see ringnet --help)")
         args = parser().parse_args(ours)
         if args.command == "completion":
             from pipeline.completion import script
 
             print(script(args.shell), end="")
             return int(Exit.OK)
+        if args.command == "vm":
+            options = VmOptions(type=args.type, socket=args.socket, fd=descriptor("fd", args.fd, "vm"),
+                                one_off=args.one_off, vnet_hdr=args.vnet_hdr,
+                                ready_fd=descriptor("ready-fd", args.ready_fd, "vm"),
+                                exit_fd=descriptor("exit-fd", args.exit_fd, "vm"))
+            from pipeline.vm import vm
+
+            return vm(settings_from(args, mtu=TYPES[args.type].mtu), options)
         settings = settings_from(args)
         if args.command == "run":
             if args.cmd and command:
@@ -174,8 +203,7 @@ def main(argv: list[str]) -> int:
             from pipeline.runner import run
 
             return run(settings, command or args.cmd or shell())
-        ready = descriptor("ready-fd", args.ready_fd) if args.ready_fd is not None else -1
-        end = descriptor("exit-fd", args.exit_fd) if args.exit_fd is not None else -1
+        ready, end = descriptor("ready-fd", args.ready_fd), descriptor("exit-fd", args.exit_fd)
         from pipeline.runner import attach
 
         return attach(settings, args.target, config_net=args.config_net, ready_fd=ready, exit_fd=end)

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import zlib
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -30,6 +30,7 @@ SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}\Z"
 FORWARDS_OWNER = "options"  # of forwards by -t and -u
 POOL_MAX = 4096  # addresses leased at most, whatever the subnet's size
 
+LinkKind = Literal["tap", "dgram", "stream"]  # csrc/rn_link.h
 Mtu = Annotated[int, Meta(ge=MTU_MIN, le=MTU_MAX)]  # bytes of L3
 Mac = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")]
 Ipv4 = Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$")]

@@ -1,7 +1,8 @@
 """guest_tx: read the frames the guest sends.
 
 In:      the guest's link (fds: link), Ethernet frames of at most `frame_max` B, each behind a 12 B virtio-net
-         header if `vnet`; with `pcap` a copy of each goes to the capture file (fds: pcap, O_APPEND).
+         header if `vnet`; with `pcap` a copy of each goes to the capture file (fds: pcap, O_APPEND). Without a
+         descriptor nobody is there yet; LinkChange brings one, another or none.
          With `nic2` a second link of the same kind (fds: link2).
 Out:     the same frames to classify, those of the second link to vmnet; what belongs to promoted flows to their host
          sockets (fds: flows_tx). A full ring, or no free buffer, stops the reading: nothing is dropped here
@@ -11,27 +12,25 @@ Source:  virtio-net header: virtio 1.2 5.1.6. The loop is csrc/stage_guest_tx.c.
 from __future__ import annotations
 
 import ipaddress
-from typing import Literal
 
 from msgspec import Struct
 
-from pipeline.config import Ipv4, Mac, Mtu
-from pipeline.stage import Ended, StageContext, StageError
+from pipeline.config import Ipv4, LinkKind, Mac, Mtu
+from pipeline.stage import Ended, GuestLink, StageContext, StageError
 from shm._dataplane import ffi, lib
-
-KINDS = {"tap": lib.RN_LINK_TAP, "dgram": lib.RN_LINK_DGRAM}
+from shm.link import link as make_link
 
 
 class Nic2Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The second NIC's link; as above."""
 
-    link_kind: Literal["tap", "dgram"]
+    link_kind: LinkKind
     vnet: bool
     frame_max: int
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="guest_tx"):
-    link_kind: Literal["tap", "dgram"]
+    link_kind: LinkKind
     vnet: bool  # the link has virtio-net headers
     mtu: Mtu  # bytes of L3
     frame_max: int  # bytes of Ethernet frame, header included, either way
@@ -60,23 +59,22 @@ def _promote(cfg: Config, ctx: StageContext) -> None:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
 
 
-def init(cfg: Config, ctx: StageContext) -> None:
-    """Make ctx.stage this stage. Raises StageError."""
-    link = ffi.new("struct rn_link *", {"fd": ctx.fds["link"], "kind": KINDS[cfg.link_kind], "vnet": int(cfg.vnet),
-                                        "frame_max": cfg.frame_max})
-    if lib.stage_guest_tx_init(ctx.stage, link, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
+def init(cfg: Config, ctx: StageContext) -> GuestLink:
+    """Make ctx.stage this stage; returns its link. Raises StageError."""
+    link = GuestLink(ctx, lib.stage_guest_tx_link, lib.stage_guest_tx_broken, kind=cfg.link_kind, vnet=cfg.vnet,
+                     frame_max=cfg.frame_max)
+    if lib.stage_guest_tx_init(ctx.stage, link.now, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.nic2 is not None:
-        link2 = ffi.new("struct rn_link *", {"fd": ctx.fds["link2"], "kind": KINDS[cfg.nic2.link_kind],
-                                             "vnet": int(cfg.nic2.vnet), "frame_max": cfg.nic2.frame_max})
+        link2 = make_link(ctx.fds["link2"], kind=cfg.nic2.link_kind, vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max)
         if lib.stage_guest_tx_nic2(ctx.stage, link2) < 0:
             raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.promote:
         _promote(cfg, ctx)
+    return link
 
 
 def run(cfg: Config, ctx: StageContext) -> Ended:
     """Move frames until told to stop. Raises StageError if the link cannot be watched, or a neighbour's ring
     index is impossible; never for a bad frame."""
-    init(cfg, ctx)
-    return ctx.run_loop()
+    return ctx.run_loop(init(cfg, ctx).tell)

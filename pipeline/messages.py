@@ -16,6 +16,7 @@ beside it by SCM_RIGHTS in the order the message names them (unix(7), cmsg(3)).
         |-- Ask (HostsChange, CloseFlow ...) ------->|  one under way a stage, running
         |<----------------------- Answer(seq, error) --|
         |<------------- Leased, Refused: unasked ------|  after Notices(on)
+        |<------------------- LinkBroken: unasked ------|
         |-- Cancel(deadline) ----------------------->|  drain, end             cancelled  sources first
         |-- Leave ---------------------------------->|  end as it stands       leaving
         |<------------------- Ended(reason, counters) --|                       ended, then exit 0
@@ -195,6 +196,15 @@ class ForwardsChange(Ask, kw_only=True):
         return len(self.add)
 
 
+class LinkChange(Ask, kw_only=True):
+    """The guest's link from now on: the socket that comes with it, of the kind configured; or none, the guest is away."""
+
+    present: bool
+
+    def carries(self) -> int:
+        return int(self.present)
+
+
 class LogLevel(Ask, kw_only=True):
     """How much the stage says on standard error: a level of logging."""
 
@@ -279,6 +289,12 @@ class Leased(Message):
     lost: int = 0  # notices not sent since the last one: over the rate
 
 
+class LinkBroken(Message):
+    """guest_tx, guest_rx: this link is of no more use. Told once a link, unasked."""
+
+    reason: str
+
+
 class Refused(Message):
     """egress could not, or would not, make a flow that was asked for."""
 
@@ -292,9 +308,9 @@ class Refused(Message):
     lost: int = 0
 
 
-FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused
+FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused | LinkBroken
 ToStage = (Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
-           | Capture | CaptureEnd | Nic2Dhcp | Pace | Wire)
+           | Capture | CaptureEnd | Nic2Dhcp | Pace | Wire | LinkChange)
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()

@@ -531,3 +531,24 @@ class Attach:
 def attach(settings: Settings, target: str, *, config_net: bool, ready_fd: int = -1, exit_fd: int = -1) -> int:
     """`ringnet attach`; returns the exit code."""
     return Attach(settings, target, config_net=config_net, ready_fd=ready_fd, exit_fd=exit_fd).main()
+
+
+@contextlib.contextmanager
+def serving(settings: Settings, session: Session) -> Iterator[None]:
+    """A session without a namespace of ours: started, with control API and pid file, ended at the end of the block.
+    Raises SessionError."""
+    with contextlib.ExitStack() as stack:
+        session.start()
+        stack.callback(session.close)
+        stack.callback(session.stop)
+        stack.enter_context(_control(settings, session))
+        stack.enter_context(_pid_file(settings.pid))
+        _invite(session, "frames move")
+        yield
+
+
+def outcome(settings: Settings, session: Session, result: Result) -> int:
+    """Say what there is to say of a session that ended; the exit code."""
+    _report(settings, session)
+    _failed(result)
+    return int(result.code)

@@ -11,6 +11,7 @@ SIGTERM raises Terminated in run(). The process is killed if the supervisor's th
 """
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -37,6 +38,8 @@ from pipeline.messages import (
     Failed,
     Hello,
     Leave,
+    LinkBroken,
+    LinkChange,
     LogLevel,
     Message,
     MessageError,
@@ -52,11 +55,12 @@ from pipeline.messages import (
 from pipeline.topology import TOPOLOGY
 from shm._dataplane import ffi, lib
 from shm.cell import counters_of
+from shm.link import link
 from shm.mirror import c_filter
 
 CData = Any  # cffi has no type for a pointer
 
-__all__ = ["Ended", "StageContext", "StageError", "Terminated", "main"]
+__all__ = ["Ended", "GuestLink", "StageContext", "StageError", "Terminated", "main"]
 
 
 class StageError(Exception):
@@ -301,6 +305,46 @@ class StageContext:
         finally:
             lib.rn_stage_fini(self.stage)
         return self.ended(reason)
+
+
+class GuestLink:
+    """The guest's link of a stage that has one: as it is now, and another when the supervisor says so.
+
+    change, broken: the stage's C functions that take another link, and that tell what became of it.
+    """
+
+    def __init__(self, ctx: StageContext, change: Callable[[CData, CData], int], broken: Callable[[CData], int], *,
+                 kind: str, vnet: bool, frame_max: int) -> None:
+        self._ctx, self._change, self._broken = ctx, change, broken
+        self._kind, self._vnet, self._frame_max = kind, vnet, frame_max
+        self._fd = ctx.fds.get("link", -1)
+        self.now = self._link(self._fd)
+        ctx.handlers[LinkChange] = self._handle
+
+    def _link(self, fd: int) -> CData:
+        return link(fd, kind=self._kind, vnet=self._vnet, frame_max=self._frame_max)
+
+    def _handle(self, ask: LinkChange, fds: list[int]) -> str:
+        fd = fds[0] if ask.present else -1
+        fresh = self._link(fd)
+        if self._change(self._ctx.stage, fresh) < 0:
+            os.close(fd)
+            return ffi.string(lib.rn_stage_error(self._ctx.stage)).decode()
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self.now = fd, fresh
+        return ""
+
+    def tell(self) -> None:
+        """The C half has something to tell."""
+        error = -self._broken(self._ctx.stage)
+        if not error:
+            return
+        if error == errno.EPROTO:
+            reason = "the guest's stream has a length that no frame has: not this framing, or bytes were lost"
+        else:
+            reason = f"the guest's side of the link is closed ({os.strerror(error)})"
+        self._ctx.notice(LinkBroken(reason=reason))
 
 
 def _receive(channel: Channel) -> tuple[Any, list[int]]:

@@ -35,7 +35,7 @@ from msgspec import Struct
 
 from pipeline import api, dumps
 from pipeline.auto_forwards import Follower
-from pipeline.config import ConfigError, Settings, stage_configs
+from pipeline.config import ConfigError, LinkKind, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
 from pipeline.listeners import Change, Listeners
 from pipeline.messages import (
@@ -53,6 +53,8 @@ from pipeline.messages import (
     Leased,
     Leave,
     Level,
+    LinkBroken,
+    LinkChange,
     LogLevel,
     Message,
     MessageError,
@@ -64,6 +66,7 @@ from pipeline.messages import (
     Start,
 )
 from pipeline.seats import Seats
+from pipeline.sockets import widen
 from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
 from shm._dataplane import lib
 from shm.arena import Arena, Use
@@ -77,18 +80,17 @@ from shm.ring import Ring
 if TYPE_CHECKING:
     from pipeline.second_nic import SecondNic
 
-LINK_BUFFER = 8 << 20  # bytes each way on a datagram link: 93 frames queue at the default, 7282 at this
 _TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h: _IOW('T', 208, unsigned int)
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # socket(7); Python has no names for them
 _Object = TypeVar("_Object", bound=SharedObject)
 PING_GROUP_RANGE = "net.ipv4.ping_group_range"
 
 
 class Link(Struct, frozen=True, kw_only=True):
-    """The guest's side. fd: duplicated by the session; the caller keeps its own."""
+    """The guest's side. fd: duplicated by the session; the caller keeps its own. -1: nobody is there yet, see
+    Session.set_link()."""
 
     fd: int
-    kind: str  # "tap" or "dgram"; when a SOCK_SEQPACKET socket's peer closes, the session ends
+    kind: LinkKind  # when the peer of a stream or SOCK_SEQPACKET socket closes, Session.on_link_end is called
     vnet: bool  # a 12-byte virtio-net header before each frame, and offloads
     name: str = "guest"  # for the capture file
     tables: Mapping[str, int] = {}  # the guest's own of its sockets, if it can be looked into (auto_forwards.py); likewise
@@ -154,11 +156,11 @@ MOVES: dict[State, dict[type[Message], State]] = {
     State.READY: {Failed: State.ENDED, Ended: State.ENDED, Pong: State.READY},
     State.STARTING: {Running: State.RUNNING, Failed: State.ENDED, Ended: State.ENDED, Pong: State.STARTING},
     State.RUNNING: {Failed: State.ENDED, Ended: State.ENDED, Pong: State.RUNNING, Answer: State.RUNNING,
-                    Leased: State.RUNNING, Refused: State.RUNNING},
+                    Leased: State.RUNNING, Refused: State.RUNNING, LinkBroken: State.RUNNING},
     # a Cancel may cross what the stage said before it read it
     State.CANCELLED: {Hello: State.CANCELLED, Ready: State.CANCELLED, Running: State.CANCELLED,
                       Failed: State.ENDED, Ended: State.ENDED, Pong: State.CANCELLED, Answer: State.CANCELLED,
-                      Leased: State.CANCELLED, Refused: State.CANCELLED},
+                      Leased: State.CANCELLED, Refused: State.CANCELLED, LinkBroken: State.CANCELLED},
     State.ENDED: {},
     State.GONE: {},
     State.VACANT: {},
@@ -312,6 +314,9 @@ class Session:
         self.nic2 = nic2
         if nic2 is not None:
             nic2.attach(self)
+        # The guest's side closed its link, or broke it; why, and the exit code if nothing else can be done.
+        self.on_link_end: Callable[[str, Exit], None] = self.end
+        self._link_news: list[str] = []
         self.listeners: list[Callable[[api.Event], None]] = []  # told what happens, by whoever makes it happen
 
     # -- as a context
@@ -409,6 +414,8 @@ class Session:
                     self._hear(key.data)
                 if key.fd == key.data.pidfd and key.data.alive:
                     self._reap(key.data)
+        while self._link_news:
+            self.on_link_end(self._link_news.pop(), Exit.RUNTIME)
         if not self.ending:
             self.seats.tick()
 
@@ -448,6 +455,9 @@ class Session:
                                           peer=message.peer, peer_port=message.peer_port, reason=message.reason,
                                           rule=message.rule),
                           lost=message.lost)
+            elif isinstance(message, LinkBroken):
+                if child.state is State.RUNNING:
+                    self._link_news.append(message.reason)  # acted on when all was heard
             elif isinstance(message, (Ended, Failed)):
                 child.said = message
                 if was is not State.CANCELLED:
@@ -823,13 +833,8 @@ class Session:
             if fd < 0:
                 raise SessionError(Exit.RUNTIME, f"doorbell: {os.strerror(-fd)}")
             self._bells.append(fd)
-        self._extras["link"] = link = os.dup(self.link.fd)
-        os.set_blocking(link, False)
-        if self.link.kind == "tap" and not self.settings.offloads:
-            fcntl.ioctl(link, _TUNSETOFFLOAD, 0)  # the guest's kernel cuts segments and completes checksums itself
-        if self.link.kind == "dgram":
-            self._widen(link)
-            self._watch_link(link)
+        if self.link.fd >= 0:
+            self._take_link(self.link.fd)
         if self.nic2 is not None:
             self._extras |= self.nic2.grants()
         wanted = {name for c in self.children for name in c.decl.fds}
@@ -847,30 +852,64 @@ class Session:
         if "raw_icmp" in wanted and (raw := self._raw_icmp()) >= 0:
             self._extras["raw_icmp"] = raw
 
-    @staticmethod
-    def _widen(fd: int) -> None:
-        sock = socket.socket(fileno=os.dup(fd))
-        with sock:
-            for force, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, force, LINK_BUFFER)
-                except PermissionError:
-                    sock.setsockopt(socket.SOL_SOCKET, plain, LINK_BUFFER)  # up to net.core.[rw]mem_max
+    def _take_link(self, fd: int) -> int:
+        """A descriptor of ours of the guest's link, made ready; watched for its end if it is a socket."""
+        self._extras["link"] = link = os.dup(fd)
+        os.set_blocking(link, False)
+        if self.link.kind == "tap":
+            if not self.settings.offloads:
+                fcntl.ioctl(link, _TUNSETOFFLOAD, 0)  # the guest's kernel cuts segments and completes checksums itself
+        else:
+            self._widen(link)
+            self._watch_link(link)
+        return link
+
+    def _widen(self, fd: int) -> None:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            try:
+                widen(sock)
+            except OSError as e:
+                self._warn(f"socket buffers of the guest's link stay as they are: {e.strerror}")
 
     def _watch_link(self, fd: int) -> None:
         """Be told of the link's end, and never of a frame: an epoll that asks for errors only, inside ours.
 
-        For SOCK_SEQPACKET. A closed peer of SOCK_DGRAM cannot be seen, and a tap tells of its end as if a frame had
-        come, so that whoever waits for the end would be woken by frames too.
+        For SOCK_STREAM and SOCK_SEQPACKET. A closed peer of SOCK_DGRAM cannot be seen, and a tap tells of its end as if a
+        frame had come, so that whoever waits for the end would be woken by frames too.
         """
         self._link_end = end = select.epoll()
         end.register(fd, select.EPOLLRDHUP)  # EPOLLHUP and EPOLLERR are always told
 
         def gone() -> None:
             self.unwatch(end.fileno())
-            self.end("the guest closed the link")
+            self.on_link_end("the guest closed the link", Exit.OK)
 
         self.watch(end.fileno(), gone)
+
+    def _drop_link(self) -> None:
+        if self._link_end is not None:
+            self.unwatch(self._link_end.fileno())
+            self._link_end.close()
+            self._link_end = None
+        if (fd := self._extras.pop("link", -1)) >= 0:
+            os.close(fd)
+
+    def set_link(self, fd: int = -1) -> None:
+        """Another guest's side, of the same kind of link, while the session runs: a socket, of which it takes a duplicate,
+        or none. Returns when both stages have it; frames of the old link that wait in rings go to the new one.
+
+        Raises SessionError if a stage cannot take it; there is no link then.
+        """
+        self._drop_link()
+        ask, fds = LinkChange(present=fd >= 0), (self._take_link(fd),) if fd >= 0 else ()
+        # Sinks first, as at the start: what is read may be answered at once. A link that goes is read no more first.
+        for child in self.children[::-1] if ask.present else self.children:
+            if "link" not in child.decl.fds or child.state is State.VACANT:  # whoever takes that seat is granted it
+                continue
+            if error := self._ask_and_wait(child.decl.name, ask, fds):
+                if fd >= 0 and not self.ending:
+                    self.set_link()
+                raise SessionError(Exit.RUNTIME, f"stage {child.decl.name} cannot take the guest's link: {error}")
 
     def _open_pcap(self, path: str) -> int:
         try:
@@ -1036,10 +1075,7 @@ class Session:
         if self._dns is not None:
             self._dns.close()
             self._dns = None
-        if self._link_end is not None:
-            self.unwatch(self._link_end.fileno())
-            self._link_end.close()
-            self._link_end = None
+        self._drop_link()
         for fd in self._extras.values():
             os.close(fd)
         self._extras = {}

@@ -5,6 +5,7 @@ Fixtures live here, what they are made of in netlab.py.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 import uuid
@@ -25,6 +26,10 @@ SKIPS_ALLOWED_IN_CI: dict[str, str] = {
     "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[1500-offset]": "kernels before 6.9 cannot; 'discard' is tested",
 }
 
+QEMU_MACHINE = "x86_64"
+if platform.machine() != QEMU_MACHINE:
+    SKIPS_ALLOWED_IN_CI["tests/e2e/test_vm_boot.py"] = "its kernel and machine are x86-64's"
+
 _RUN = "RINGNET_TEST_RUN"  # in the environment of this run's processes, workers included
 _CHILD = "RINGNET_TEST_CHILD"  # in the environment of what tests start, so only there
 
@@ -32,6 +37,7 @@ _CHILD = "RINGNET_TEST_CHILD"  # in the environment of what tests start, so only
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: makes network namespaces and a tap; needs root and /dev/net/tun")
     config.addinivalue_line("markers", "root: needs root")
+    config.addinivalue_line("markers", "qemu: boots a virtual machine under QEMU; x86-64")
     if not hasattr(config, "workerinput"):
         os.environ[_RUN] = uuid.uuid4().hex
         os.environ.pop(_CHILD, None)
@@ -54,6 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     elif not os.path.exists("/dev/net/tun"):
         why = "needs /dev/net/tun (modprobe tun)"
     for item in items:
+        if platform.machine() != QEMU_MACHINE and item.get_closest_marker("qemu"):
+            item.add_marker(pytest.mark.skip(reason="the guest's kernel and QEMU's machine are x86-64's"))
         if why and (item.get_closest_marker("netns") or (item.get_closest_marker("root") and os.geteuid() != 0)):
             item.add_marker(pytest.mark.skip(reason=why))
 

@@ -26,11 +26,13 @@ from pipeline.topology import TOPOLOGY
 REPO = Path(__file__).resolve().parent.parent
 ALONE = frozenset({"replay", "host_script"})  # one stage in one process: knows control, and loads a stage file by name
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
-DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2", "pcapng"})
-COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture", "explain", "postmortem"})
+DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2", "pcapng",
+                          "vm_types"})
+COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture", "explain", "postmortem", "passt",
+                      "slirp4netns"})
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
                      "control_api", "hosts_book", "session_dir", "client", "seats", "captures", "capture_file",
-                     "hostside", "second_nic", "debug_api", "dumps"})
+                     "hostside", "second_nic", "debug_api", "dumps", "doors", "vm", "sockets", "datapath"})
 
 
 def layer(module: str) -> str:

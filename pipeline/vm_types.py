@@ -1,0 +1,49 @@
+"""The ways a virtual machine may be connected, and what `ringnet vm` takes besides a session's settings: one declaration for
+the command line, the checks and the manual."""
+from __future__ import annotations
+
+from msgspec import Struct
+
+from pipeline.config import ConfigError, LinkKind
+
+VFKT_HELLO = b"VFKT"  # vfkit, krunkit: the first datagram
+
+
+class VmType(Struct, frozen=True, kw_only=True):
+    """A way virtual machines are connected."""
+
+    name: str
+    does: str
+    kind: LinkKind | None  # None: by the descriptor
+    hello: bytes = b""
+    mtu: int = 4000  # told to the guest if the user says nothing
+
+
+TYPES: dict[str, VmType] = {t.name: t for t in (
+    VmType(name="qemu-stream", does="QEMU -netdev stream, passt, gvproxy: a stream with 4 bytes of length", kind="stream"),
+    VmType(name="qemu-dgram", does="QEMU -netdev dgram: a datagram each frame", kind="dgram"),
+    # Virtualization.framework's device has an MTU of 1500 unless the VMM asks for more.
+    VmType(name="vfkit", does="vfkit, krunkit: datagrams, begun by VFKT", kind="dgram", hello=VFKT_HELLO, mtu=1500),
+    VmType(name="fd", does="a connected socket or a tap that we inherit (--fd)", kind=None),
+)}
+
+
+class VmOptions(Struct, frozen=True, kw_only=True):
+    """What `ringnet vm` takes besides Settings."""
+
+    type: str
+    socket: str = ""
+    fd: int = -1
+    one_off: bool = False
+    vnet_hdr: bool = False
+    ready_fd: int = -1
+    exit_fd: int = -1
+
+
+def check(o: VmOptions) -> None:
+    """Raises ConfigError."""
+    if o.type == "fd":
+        if o.socket or o.fd < 0:
+            raise ConfigError("--type fd: needs --fd N, and takes no --socket")
+    elif bool(o.socket) == (o.fd >= 0):
+        raise ConfigError(f"--type {o.type}: needs --socket or --fd, one of them")

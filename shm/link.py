@@ -1,0 +1,14 @@
+"""struct rn_link for the stages that have the guest's link (csrc/rn_link.h)."""
+from __future__ import annotations
+
+from typing import Any
+
+from shm._dataplane import ffi, lib
+
+KINDS = {"tap": lib.RN_LINK_TAP, "dgram": lib.RN_LINK_DGRAM, "stream": lib.RN_LINK_STREAM}
+
+
+def link(fd: int, *, kind: str, vnet: bool, frame_max: int) -> Any:
+    """A pointer to one, for a stage to copy. fd: non-blocking, and still the caller's; -1: nobody is there. Raises
+    KeyError for a kind there is not."""
+    return ffi.new("struct rn_link *", {"fd": fd, "kind": KINDS[kind], "vnet": int(vnet), "frame_max": frame_max})
