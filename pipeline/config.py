@@ -537,7 +537,7 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     except ProxyError as e:
         raise ConfigError(f"--proxy {e}") from None
     link = {"link_kind": link_kind, "vnet": vnet, "mtu": s.mtu, "frame_max": frame_max(s.mtu, vnet=vnet and s.offloads),
-            "pcap": bool(s.pcap), "promote": bool(s.promote), "gateway_mac": s.mac, "offload": vnet and s.offloads}
+            "pcap": bool(s.pcap), "promote": bool(s.promote), "gateway_mac": s.mac, "offload": s.offloads}
     seat = {"gateway4": s.gateway, "gateway_mac": s.mac, "mtu": s.mtu}
     # What guest_tx writes to the link itself goes past a bad wire and the capture in guest_rx.
     direct = not s.pcap and not any(i.stage == "guest_rx" for i in s.impairments())
