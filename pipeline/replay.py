@@ -395,7 +395,7 @@ def vnet_of(frame: bytes, mtu: int) -> bytes:
     proto, l4 = frame[23], 14 + (frame[14] & 15) * 4
     where = {6: 16, 17: 6}.get(proto)
     end = 14 + int.from_bytes(frame[16:18], "big")
-    if where is None or l4 + 20 > len(frame) or end > len(frame) or end < l4 + 8:
+    if where is None or end > len(frame) or end < l4 + (20 if proto == 6 else 8):
         return none
     pseudo = frame[26:34] + struct.pack("!BBH", 0, proto, end - l4)
     if frame[l4 + where:l4 + where + 2] != struct.pack("!H", checksum(pseudo)):

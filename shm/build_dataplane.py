@@ -2,7 +2,7 @@
 
 Declarations for Python are the parts of csrc/*.h between the two CFFI marks; each header's include lines give
 the order. `python -m shm.build_dataplane` builds in place, only what changed, with warnings as errors; setup.py
-uses builder() through cffi_modules for wheels.
+uses builder() through cffi_modules for wheels. $RINGNET_CFLAGS is added to our files' flags, like -O0 for a debugger.
 """
 from __future__ import annotations
 
@@ -120,8 +120,10 @@ def build(*, verbose: bool = False) -> Path:
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with (OBJECTS / ".lock").open("w") as lock:  # several test workers may start at once
         fcntl.flock(lock, fcntl.LOCK_EX)
+        extra = shlex.split(os.environ.get("RINGNET_CFLAGS", ""))
+        flags, said = OBJECTS / "flags", shlex.join(extra)
         everything = [*CSRC.glob("*.[ch]"), *CSRC.glob("*.def"), Path(__file__), CSRC]
-        if not _outdated(TARGET, everything):
+        if not _outdated(TARGET, everything) and (flags.read_text() if flags.exists() else "") == said:
             return TARGET
         started = time.time_ns()
         wrapper = OBJECTS / "_dataplane.c"
@@ -129,12 +131,13 @@ def build(*, verbose: bool = False) -> Path:
         python = [f"-I{sysconfig.get_path('include')}", "-Wall", "-Wno-unused"]
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             jobs = [pool.submit(_compile, wrapper, [*BASE_FLAGS, *python])]
-            jobs += [pool.submit(_compile, src, [*BASE_FLAGS, *STRICT_FLAGS]) for src in sources()]
+            jobs += [pool.submit(_compile, src, [*BASE_FLAGS, *STRICT_FLAGS, *extra]) for src in sources()]
         objects = [str(job.result()) for job in jobs]
         fresh = TARGET.with_suffix(".new")
         link = [*shlex.split(os.environ.get("CC", "gcc")), "-shared", *objects, "-o", str(fresh)]
         subprocess.run(link, check=True)
         os.utime(fresh, ns=(started, started))
+        flags.write_text(said)
         fresh.replace(TARGET)  # a process that has the old one mapped keeps it
         if verbose:
             print(f"built {TARGET.relative_to(ROOT)}")

@@ -239,4 +239,7 @@ def test_unfinished_checksums_get_their_header_back() -> None:
     frame[t.l4 + 16:t.l4 + 18] = struct.pack("!H", checksum(t.pseudo()))
     assert struct.unpack("<BBHHHHH", vnet_of(bytes(frame), 4000)) == (1, 0, 0, 0, 34, 16, 0)
     assert struct.unpack("<BBHHHHH", vnet_of(bytes(frame), 1500)) == (1, 1, 54, 1460, 34, 16, 0)
+    small = bytearray(raw(ip() / udp() / b"hi"))
+    small[40:42] = struct.pack("!H", checksum(bytes(small[26:34]) + struct.pack("!BBH", 0, 17, 10)))
+    assert struct.unpack("<BBHHHHH", vnet_of(bytes(small), 1500)) == (1, 0, 0, 0, 34, 6, 0)
     assert re.fullmatch("0{24}", vnet_of(b"short", 1500).hex())
