@@ -82,6 +82,17 @@ def test_usage_of_this_process_grows() -> None:
     assert procs.usage(None) == {} and procs.pss_mib(None) == 0
 
 
+def test_a_busy_machine_is_said_so() -> None:
+    r = bulk(20, 4, 1, 40)
+    assert "others kept" not in report.markdown(r)
+    for rec in r.records:
+        rec.others_percent = 2.0
+    assert "others kept 2 % of the CPUs busy (2..2).\n" in report.markdown(r)
+    assert 0 <= procs.busy_percent(0.05) <= 100
+    r.records[-1].others_percent = r.records[-2].others_percent = 50.0
+    assert "(2..50): this machine was not quiet." in report.markdown(r)
+
+
 def test_rows_are_chosen_by_group_name_or_beginning() -> None:
     assert [r.name for r in rows.chosen(["flows up 10"])] == ["flows up 10"]  # not flows up 100
     assert [r.name for r in rows.chosen(["tcp rr", "tcp up"])] == ["tcp up 1", "tcp up 8", "tcp rr"]

@@ -118,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     except (LabError, ResultsError, plots.PlotsError) as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted" + (f"; {args.json} has what was measured" if args.json else ""), file=sys.stderr)
+        return 128 + signal.SIGINT
     return 1 if any(got.meta["drivers"].get(r.driver) == "ringnet" for r in got.errors()) else 0
 
 

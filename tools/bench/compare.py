@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from bench import procs
 from bench.drivers import Datapath, Driver, running
 from bench.lab import Lab, LabError
 from bench.results import Record
 from bench.rows import Row
+
+LOOK_S = 0.3  # before each start of a driver: how busy is the machine without us?
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,21 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Iterator[Record]:
     for rep, mtu, driver in turns(plan):
         rows = [r for r in plan.rows if due(r, driver, mtu, plan)]
         todo = list(rows)
+        others = procs.busy_percent(LOOK_S) if rows else 0.0
         try:
             if rows:
                 with running(driver, lab, mtu, forwards=any(r.forwards for r in rows)) as datapath:
                     while todo:
-                        yield _one(todo[0], datapath, rep, plan.secs, say)
+                        yield _one(todo[0], datapath, rep, plan.secs, others, say)
                         todo.pop(0)
         except LabError as e:  # it does not start
             say(f"{driver.name}, MTU {mtu}: {e}")
             yield from (Record(mtu, row.name, driver.name, rep, error=str(e)) for row in todo)
 
 
-def _one(row: Row, d: Datapath, rep: int, secs: float, say: Callable[[str], None]) -> Record:
+def _one(row: Row, d: Datapath, rep: int, secs: float, others: float, say: Callable[[str], None]) -> Record:
     began = time.monotonic()
-    record = Record(d.mtu, row.name, d.driver.name, rep)
+    record = Record(d.mtu, row.name, d.driver.name, rep, others_percent=round(others, 1))
     try:
         measured = row.run(d, secs)
     except LabError as e:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -100,3 +101,18 @@ def pss_mib(pid: int | None) -> float:
                 if line.startswith("Pss:"):
                     kib += int(line.split()[1])
     return kib / 1024
+
+
+def _busy_and_all() -> tuple[int, int]:
+    """Ticks of all CPUs together since boot (proc(5))."""
+    user, nice, system, idle, iowait, *rest = map(int, (PROC / "stat").read_text().split("\n", 1)[0].split()[1:9])
+    busy = user + nice + system + sum(rest)
+    return busy, busy + idle + iowait
+
+
+def busy_percent(seconds: float) -> float:
+    """How busy the CPUs are while we do nothing: what else runs here, of all of them together."""
+    before = _busy_and_all()
+    time.sleep(seconds)
+    busy, every = (b - a for a, b in zip(before, _busy_and_all(), strict=True))
+    return 100 * busy / every if every else 0.0

@@ -11,6 +11,7 @@ from bench.targets import Against, best_peer, outcomes
 
 MARK = "<!-- generated: bench (tools/bench/run --docs) -->"
 END = "<!-- end of generated: bench -->"
+NOISY = 10.0  # % of all CPUs that others took
 SHOWN_ALONE = ("flows", "idle", "size", "memory", "start")  # groups with a table of their own shape
 
 
@@ -55,8 +56,19 @@ def heading(results: Results) -> str:
     versions = "; ".join(f"{name}: {said}" for name, said in meta["versions"].items())
     lines = [f"Measured {meta['date']} on Linux {meta['kernel']}, {meta['cpus']} CPUs ({meta['cpu']}), congestion control "
              f"{meta['congestion']}, ringnet at commit {meta['commit']}" + (f". {versions}" if versions else "") + ".", "",
+             *_quiet(results),
              "```sh", *meta["commands"], "```", ""]
     return "\n".join(lines)
+
+
+def _quiet(results: Results) -> list[str]:
+    """How far the figures can be believed."""
+    busy = results.others()
+    if not busy:
+        return []
+    s = summary(busy)
+    said = f"Before each start of a driver, others kept {number(s.median)} % of the CPUs busy ({number(s.low)}..{number(s.high)})"
+    return [said + (": this machine was not quiet." if s.high > NOISY else "."), ""]
 
 
 def targets_table(results: Results) -> str:

@@ -26,6 +26,7 @@ class Record:
     rep: int
     values: dict[str, float] = field(default_factory=dict)  # figure -> value, see rows.FIGURES
     stages: dict[str, float] = field(default_factory=dict)  # stage -> CPU seconds (a GB, or a request)
+    others_percent: float | None = None  # how busy all CPUs were just before, by what else runs on the machine
     error: str = ""  # it could not be measured: why; then there are no values
 
 
@@ -58,12 +59,17 @@ class Results:
         kinds: dict[str, str] = self.meta["drivers"]
         return [name for name, k in kinds.items() if kind in (None, k)]
 
+    def others(self) -> list[float]:
+        """How busy the machine was without us, a figure a start of a driver."""
+        seen = {(r.rep, r.mtu, r.driver): r.others_percent for r in self.records if r.others_percent is not None}
+        return list(seen.values())
+
     def next_rep(self) -> int:
         return max((r.rep for r in self.records), default=-1) + 1
 
     def write(self, path: Path) -> None:
         """A record a line, so that a diff of two files is readable."""
-        lines = ",\n".join("  " + json.dumps({k: v for k, v in asdict(r).items() if v not in ("", {})}) for r in self.records)
+        lines = ",\n".join("  " + json.dumps({k: v for k, v in asdict(r).items() if v not in ("", {}, None)}) for r in self.records)
         text = f'{{\n "schema": {SCHEMA},\n "meta": {json.dumps(self.meta)},\n "records": [\n{lines}\n ]\n}}\n'
         fresh = path.with_name(path.name + ".new")
         fresh.write_text(text)
