@@ -144,6 +144,7 @@ def parser() -> Parser:
     vm.add_argument("--socket", metavar="PATH", default="",
                     help="where the machine comes in: a path that is made, or for qemu-stream 127.0.0.1:PORT")
     vm.add_argument("--fd", metavar="N", help="a connected socket, or a tap, instead")
+    vm.add_argument("--nic2-fd", metavar="N", help="the second NIC's socket or tap, with --nic2 (docs/nic2.md)")
     vm.add_argument("-1", "--one-off", action="store_true", help="end with the first machine")
     vm.add_argument("--vnet-hdr", action="store_true",
                     help="each frame on the socket has a 12-byte virtio-net header, and offloads")
@@ -189,7 +190,8 @@ def main(argv: list[str]) -> int:
             return int(Exit.OK)
         if args.command == "vm":
             options = VmOptions(type=args.type, socket=args.socket, fd=descriptor("fd", args.fd, "vm"),
-                                one_off=args.one_off, vnet_hdr=args.vnet_hdr,
+                                nic2_fd=descriptor("nic2-fd", args.nic2_fd, "vm"), one_off=args.one_off,
+                                vnet_hdr=args.vnet_hdr,
                                 ready_fd=descriptor("ready-fd", args.ready_fd, "vm"),
                                 exit_fd=descriptor("exit-fd", args.exit_fd, "vm"))
             from pipeline.vm import vm

@@ -558,7 +558,7 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     if second is not None:
         largest = nic2.frame_max(second.facts)
         link2 = {"link_kind": second.guest_kind, "vnet": second.guest_vnet, "frame_max": largest}
-        made["guest_tx"] = link | {"nic2": link2}
+        made["guest_tx"] |= {"nic2": link2}
         made["guest_rx"] = link | {"nic2": link2 | {"producer": second.row}}
         made["vmnet"] = {"link_kind": second.host_kind, "vnet": second.host_vnet, "frame_max": largest,
                          "storm": second.storm}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from pipeline import monitor, netlink
-from pipeline.config import Settings
+from pipeline.config import LinkKind, Settings
 from pipeline.control_api import ControlApi
 from pipeline.messages import Exit
 from pipeline.hostside import Host, HostSideError, Mac, backend_for
@@ -190,11 +190,11 @@ class HostSide:
                 if fd >= 0:
                     os.close(fd)
 
-    def second_nic(self, fd: int) -> SecondNic | None:
-        """For the session; fd: the guest's tap."""
+    def second_nic(self, fd: int, kind: LinkKind = "tap", vnet: bool = True) -> SecondNic | None:
+        """For the session; fd: the guest's tap, or another link's."""
         if self.spec is None or self.host is None:
             return None
-        link = Link(fd=fd, kind="tap", vnet=True, name=self.spec.ifname or SECOND_IFNAME)
+        link = Link(fd=fd, kind=kind, vnet=vnet, name=self.spec.ifname or SECOND_IFNAME)
         return SecondNic(link, self.backend, self.host, storm=self.spec.storm)
 
 

@@ -19,12 +19,12 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Callable
 
 from pipeline.config import ConfigError, LinkKind, Settings
 from pipeline.doors import DgramDoor, Door, DoorError, Peer, StreamDoor
+from pipeline.hostside import HostSideError
 from pipeline.messages import Exit
-from pipeline.runner import outcome, say, serving
+from pipeline.runner import HostSide, outcome, say, serving
 from pipeline.supervisor import Link, Session, SessionError, Signals
 from pipeline.vm_types import TYPES, VmOptions, check
 
@@ -35,29 +35,36 @@ _OFFLOADS = 0x01 | 0x02 | 0x04  # TUN_F_CSUM, TSO4, TSO6
 _VNET_HLEN = 12
 
 
-def kind_of(fd: int) -> LinkKind:
+def kind_of(fd: int, option: str = "fd") -> LinkKind:
     """What kind of link a descriptor is. Raises ConfigError if it is none."""
+    try:
+        return _kind_of(fd)
+    except ConfigError as e:
+        raise ConfigError(f"--{option} {fd}: {e}") from None
+
+
+def _kind_of(fd: int) -> LinkKind:
     mode = os.fstat(fd).st_mode
     if stat.S_ISCHR(mode):
         return _tap(fd)
     if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"--fd {fd}: is neither a socket nor a tap")
+        raise ConfigError("is neither a socket nor a tap")
     with socket.socket(fileno=os.dup(fd)) as sock:
         kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError(f"--fd {fd}: is a socket that listens; give a connected one, or its path by --socket")
+            raise ConfigError("is a socket that listens; give a connected one, or its path by --socket")
         if kind == socket.SOCK_STREAM and sock.family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
             found: LinkKind = "stream"
         elif kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET) and sock.family == socket.AF_UNIX:
             found = "dgram"
         else:
-            raise ConfigError(f"--fd {fd}: a socket of family {sock.family} and type {kind} is no link to a machine; give"
+            raise ConfigError(f"a socket of family {sock.family} and type {kind} is no link to a machine; give"
                               " an AF_UNIX datagram, seqpacket or stream socket, or a TCP connection")
         try:
             sock.getpeername()
         except OSError as e:
             if e.errno == errno.ENOTCONN:
-                raise ConfigError(f"--fd {fd}: is not connected; socketpair(2) makes a pair that is") from None
+                raise ConfigError("is not connected; socketpair(2) makes a pair that is") from None
             raise
     return found
 
@@ -68,10 +75,10 @@ def _tap(fd: int) -> LinkKind:
     try:
         fcntl.ioctl(fd, _TUNGETIFF, request)
     except OSError:
-        raise ConfigError(f"--fd {fd}: is a device, but no tap") from None
+        raise ConfigError("is a device, but no tap") from None
     flags = struct.unpack_from("H", request, 16)[0]
     if not flags & _IFF_TAP or not flags & _IFF_VNET_HDR:
-        raise ConfigError(f"--fd {fd}: is a tun device, or a tap without IFF_VNET_HDR; open it with IFF_TAP | IFF_NO_PI |"
+        raise ConfigError("is a tun device, or a tap without IFF_VNET_HDR; open it with IFF_TAP | IFF_NO_PI |"
                           " IFF_VNET_HDR")
     fcntl.ioctl(fd, _TUNSETVNETHDRSZ, array.array("i", [_VNET_HLEN]))
     fcntl.ioctl(fd, _TUNSETVNETLE, array.array("i", [1]))
@@ -90,6 +97,9 @@ class Vm:
         self.kind: LinkKind = kind_of(options.fd) if options.fd >= 0 else self.type.kind or "dgram"
         if self.type.kind not in (None, self.kind):
             raise ConfigError(f"--fd {options.fd}: is a {self.kind} link, not what --type {options.type} is")
+        if bool(settings.nic2) != (options.nic2_fd >= 0):
+            raise ConfigError("--nic2: a machine's second NIC needs --nic2 MODE and --nic2-fd N, both of them")
+        self.nic2_kind: LinkKind = kind_of(options.nic2_fd, "nic2-fd") if options.nic2_fd >= 0 else "dgram"
         self.door: Door | None = None
         self.peer: Peer | None = None
         self.ready_fd = options.ready_fd
@@ -101,8 +111,12 @@ class Vm:
             try:
                 if o.socket:
                     self.door = stack.enter_context(self._door())
+                host = HostSide(s, stack)
+                nic2 = host.second_nic(o.nic2_fd, self.nic2_kind, o.vnet_hdr or self.nic2_kind == "tap")
+                if host.host is not None:
+                    self._warn(f"the second NIC's MAC address must be {host.host.facts.mac}")
                 link = Link(fd=o.fd, kind=self.kind, vnet=o.vnet_hdr or self.kind == "tap", name=o.type)
-                self.session = Session(s, link=link, log=say if s.debug else None, warn=say, name=s.session or str(os.getpid()))
+                self.session = Session(s, link=link, nic2=nic2, log=say if s.debug else None, warn=say, name=s.session or str(os.getpid()))
                 self.session.on_link_end = self._left
                 self.session.watch(signals.fileno(), self._signalled)
                 if o.exit_fd >= 0:
@@ -113,7 +127,7 @@ class Vm:
                         self._wait()
                     self._ready()
                     result = self.session.run()
-            except DoorError as e:
+            except (DoorError, HostSideError) as e:
                 say(str(e.args[0]))
                 return int(Exit.RUNTIME)
             except SessionError as e:

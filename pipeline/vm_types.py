@@ -34,6 +34,7 @@ class VmOptions(Struct, frozen=True, kw_only=True):
     type: str
     socket: str = ""
     fd: int = -1
+    nic2_fd: int = -1
     one_off: bool = False
     vnet_hdr: bool = False
     ready_fd: int = -1

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from netlab import DEADLINE, RINGNET, run_env, sh
+from netlab import DEADLINE, RINGNET, Netns, run_env, sh
 from vmlab import VmSession
 
 GATEWAY, GATEWAY_MAC = bytes((10, 0, 2, 1)), bytes.fromhex("02abcd000001")
@@ -420,6 +420,7 @@ def test_descriptors_that_are_no_link(tmp_path: Path) -> None:
     (("--type", "vfkit", "--socket", "/tmp/" + "x" * 99), "104 bytes long; the path of this socket has at most 103"),
     (("--type", "qemu-stream", "--socket", "0.0.0.0:4000"), "only loopback"),
     (("--type", "qemu-stream", "--socket", "127.0.0.1:0"), "port 0 is not within 1..65535"),
+    (("--type", "qemu-stream", "--socket", "/x", "--nic2", "shared"), "needs --nic2 MODE and --nic2-fd N, both of them"),
 ])
 def test_usage(options: tuple[str, ...], why: str) -> None:
     code, said = refused(*options)
@@ -466,3 +467,30 @@ def test_the_session_is_listed_and_changed_like_any_other(tmp_path: Path, path: 
     with session(tmp_path, "--type", "qemu-stream", "--socket", str(path), "--session", name):
         said = sh(*RINGNET, "ctl", "-s", name, "status", env=run_env()).stdout
         assert "stages     5 running" in said and "stream qemu-stream" in said
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM], ids=["dgram", "stream"])
+def test_a_second_nic(kind: int, host_ns: Netns, tmp_path: Path) -> None:
+    """Whole frames between its socket and a bridge of the host, whose own address answers there."""
+    pairs = [socket.socketpair(socket.AF_UNIX, kind) for _ in range(2)]
+    fds = tuple(theirs.fileno() for _, theirs in pairs)
+    name = f"v{os.getpid() % 100000}"
+    with VmSession(host_ns, tmp_path / "log", "--type", "fd", "--fd", str(fds[0]), "--nic2-fd", str(fds[1]), "--nic2",
+                   f"host,name={name},subnet=192.168.77.1/24,mac=02:00:5e:00:53:01", pass_fds=fds) as s:
+        assert "the second NIC's MAC address must be 02:00:5e:00:53:01" in s.output()
+        first, second = (StreamGuest(ours) for ours, _ in pairs)
+        mac, host = bytes.fromhex("02005e005301"), bytes((192, 168, 77, 1))
+        ask = (b"\xff" * 6 + mac + b"\x08\x06" + bytes.fromhex("0001080006040001") + mac + bytes((192, 168, 77, 9)) + bytes(6)
+               + host)
+        put = StreamGuest.send if kind == socket.SOCK_STREAM else lambda g, f: g.sock.send(f)
+        get = StreamGuest.recv if kind == socket.SOCK_STREAM else lambda g: g.sock.recv(65536)
+        put(second, ask)
+        while (reply := get(second))[12:14] != b"\x08\x06" or reply[20:22] != b"\0\2":
+            pass  # what else a bridge says
+        assert reply[28:32] == host and reply[:6] == mac
+        put(first, arp_request())
+        assert get(first)[22:32] == GATEWAY_MAC + GATEWAY
+    for pair in pairs:
+        for sock in pair:
+            sock.close()

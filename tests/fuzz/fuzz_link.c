@@ -1,8 +1,9 @@
 /* fuzz_link.c - what comes over the guest's link, through guest_tx and classify, and out again by guest_rx.
  *
  * The three stages are the real ones, turned by hand in this process, with one arena. The link is a pair of datagram
- * sockets: a read() from one gives a datagram or its beginning, as a tap does. An input begins with one byte of settings
- * (kind of link, virtio-net headers or none, frame limit); then come datagrams, each with a length of two bytes.
+ * sockets: a read() from one gives a datagram or its beginning, as a tap does; or of stream sockets. An input begins with one
+ * byte of settings (kind of link, virtio-net headers or none, frame limit); then come pieces, each with a length of two bytes:
+ * datagrams, or on a stream just bytes, so that a frame may come in any number of them.
  *
  * What must hold: no sanitizer report; every descriptor that comes out names a frame in its buffer; what classify hands on
  * has offsets in the frame; frames in == frames out + drops, by the stages' own counters, so no frame vanishes without a
@@ -32,7 +33,9 @@ static struct target {
 	void *session, *arena, *ring[5];
 	struct rn_pool taker;
 	struct rn_ring_rx to_egress, to_services;
-	int link[2], bells[ROWS], vnet;
+	int link[2], bells[ROWS], vnet, stream;
+	uint8_t back[1 << 18]; /* of a stream towards the guest */
+	uint32_t nback;
 	uint64_t inputs, sent, bridged, served, answered;
 } t;
 
@@ -71,11 +74,13 @@ static struct rn_stage *stage(uint32_t row)
 static void begin(uint8_t how)
 {
 	static const struct rn_part_spec spec[ROWS] = { { SMALLS, LARGES }, { SMALLS, LARGES }, { 0, 0 }, { 0, 0 }, { 0, 0 } };
-	struct rn_link link = { .kind = how & 1 ? RN_LINK_TAP : RN_LINK_DGRAM, .vnet = how >> 1 & 1,
+	struct rn_link link = { .kind = how & 8 ? RN_LINK_STREAM : how & 1 ? RN_LINK_TAP : RN_LINK_DGRAM, .vnet = how >> 1 & 1,
 				.frame_max = how & 4 ? RN_FRAME_MAX : 1514 };
 	uint64_t arena = rn_arena_size(spec, ROWS), ring = rn_ring_size(SLOTS);
 
-	must(!socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, t.link), "link");
+	t.stream = link.kind == RN_LINK_STREAM;
+	t.nback = 0;
+	must(!socketpair(AF_UNIX, (t.stream ? SOCK_STREAM : SOCK_DGRAM) | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, t.link), "link");
 	for (uint32_t k = 0; k < 2; k++)
 		must(!setsockopt(t.link[k], SOL_SOCKET, SO_SNDBUF, &(int){ 1 << 20 }, sizeof(int)), "buffer");
 	link.fd = t.link[0];
@@ -148,6 +153,22 @@ static void take(struct rn_ring_rx *from, uint64_t *count)
 		rn_ring_consume(from, (uint32_t)n);
 }
 
+/* What the guest gets from a stream: whole frames behind their lengths, however they were cut on the way. */
+static void take_stream(void)
+{
+	ssize_t got;
+
+	while ((got = recv(t.link[1], t.back + t.nback, sizeof(t.back) - t.nback, 0)) > 0) {
+		uint32_t at = 0, len;
+
+		t.nback += (uint32_t)got;
+		for (; t.nback - at >= 4 && (len = rn_get32(t.back + at)) <= t.nback - at - 4; at += 4 + len, t.answered++)
+			must(len >= 14 + 12 * (uint32_t)t.vnet && len <= RN_LINK_WORD_MAX, "a whole frame for the guest");
+		memmove(t.back, t.back + at, t.nback - at);
+		t.nback -= at;
+	}
+}
+
 static void settle(void)
 {
 	static uint8_t back[1 << 17];
@@ -158,7 +179,9 @@ static void settle(void)
 		did = turn(TX) + turn(CLASSIFY) + turn(RX);
 		take(&t.to_egress, &t.bridged);
 		take(&t.to_services, &t.served);
-		for (ssize_t got; (got = recv(t.link[1], back, sizeof(back), 0)) >= 0; t.answered++)
+		if (t.stream)
+			take_stream();
+		for (ssize_t got; !t.stream && (got = recv(t.link[1], back, sizeof(back), 0)) >= 0; t.answered++)
 			must(got >= 14 + 12 * t.vnet, "a whole frame for the guest");
 		must(++n < 1000, "it comes to rest");
 	} while (did);
@@ -178,6 +201,7 @@ static void end(void)
 {
 	settle();
 	must(t.s[TX]->c[RN_C_frames_in] == t.s[TX]->c[RN_C_frames_out] + drops(t.s[TX]), "guest_tx: each frame on, or counted");
+	must(!t.nback, "no frame for the guest is left half written");
 	must(t.s[CLASSIFY]->c[RN_C_frames_in] == t.s[TX]->c[RN_C_frames_out], "classify got what guest_tx handed on");
 	rn_stage_fini(t.s[TX]);
 	rn_stage_fini(t.s[CLASSIFY]);
@@ -270,8 +294,8 @@ size_t fuzz_generate(uint8_t *buf, size_t cap)
 
 	if (cap < 4096)
 		return 0;
-	buf[n++] = (uint8_t)fuzz_rnd(8);
-	for (uint32_t k = 1 + fuzz_rnd(30); k && n + 2 + 12 + 2100 <= cap; k--) {
+	buf[n++] = (uint8_t)fuzz_rnd(16);
+	for (uint32_t k = 1 + fuzz_rnd(30); k && n + 2 + 12 + 4 + 2 + 2100 <= cap; k--) {
 		uint32_t vnet = buf[0] >> 1 & 1 ? 12 : 0;
 		uint8_t *f = buf + n + 2;
 		size_t len;
@@ -285,6 +309,24 @@ size_t fuzz_generate(uint8_t *buf, size_t cap)
 			f[fuzz_rnd((uint32_t)len)] = (uint8_t)fuzz_rnd(256);
 		if (!fuzz_rnd(8))
 			len = fuzz_rnd((uint32_t)len + 1);
+		if (buf[0] & 8) { /* its length in front, seldom a wrong one, and cut somewhere */
+			uint8_t word[4] = { 0, 0, (uint8_t)(len >> 8), (uint8_t)len };
+			uint32_t piece;
+
+			if (!fuzz_rnd(40))
+				word[fuzz_rnd(4)] = (uint8_t)fuzz_rnd(256);
+			memmove(f + 4, f, len);
+			memcpy(f, word, 4);
+			len += 4;
+			piece = fuzz_rnd((uint32_t)len + 1);
+			if (piece && piece < len && n + 2 + len + 2 <= cap) { /* in two pieces */
+				memmove(f + piece + 2, f + piece, len - piece);
+				buf[n] = (uint8_t)piece;
+				buf[n + 1] = (uint8_t)(piece >> 8);
+				n += 2 + piece;
+				len -= piece;
+			}
+		}
 		buf[n] = (uint8_t)len;
 		buf[n + 1] = (uint8_t)(len >> 8);
 		n += 2 + len;
