@@ -4,6 +4,9 @@
  * that a link with headers moves both with one read() or write() and no iovec. A link without them moves
  * the frame alone, and the reader finds a header of zeros: "checksums complete, no segmentation".
  *
+ * Datagrams are read one a system call. recvmmsg() into slots, 32 at once, was measured: 1.55 against 1.63 us a frame of 60
+ * bytes, but 1.95 against 1.80 at 1500, because the frame is then copied once more to where it is wanted.
+ *
  * What the kernel does at the edges (Linux 5.10 to 6.18), which the callers' error handling rests on:
  *   tap     read:  a frame longer than the buffer is cut and the cut length returned, so one byte more
  *                  than the limit is asked for; EAGAIN when nothing waits; EBADFD when the device is gone.
