@@ -461,12 +461,14 @@ def test_it_removes_only_its_own_socket(tmp_path: Path, path: Path) -> None:
     assert path.read_text() == "somebody else's"
 
 
-def test_the_session_is_listed_and_changed_like_any_other(tmp_path: Path, path: Path) -> None:
-    """`ringnet ctl` does not care what the guest's link is."""
+@pytest.mark.parametrize(("options", "mtu"), [(("--type", "qemu-stream"), 4000), (("--type", "vfkit"), 1500),
+                                              (("--type", "vfkit", "-m", "9000"), 9000)])
+def test_the_session_is_seen_like_any_other(options: tuple[str, ...], mtu: int, tmp_path: Path, path: Path) -> None:
+    """`ringnet ctl` does not care what the guest's link is. The MTU is one that fits it, unless one is given."""
     name = f"vm{os.getpid()}"
-    with session(tmp_path, "--type", "qemu-stream", "--socket", str(path), "--session", name):
+    with session(tmp_path, *options, "--socket", str(path), "--session", name):
         said = sh(*RINGNET, "ctl", "-s", name, "status", env=run_env()).stdout
-        assert "stages     5 running" in said and "stream qemu-stream" in said
+        assert "stages     5 running" in said and options[1] in said and f"MTU {mtu}," in said
 
 
 @pytest.mark.netns
