@@ -30,6 +30,7 @@ struct rn_link {
 	int kind;	 /* enum rn_link_kind */
 	int vnet;	 /* 1: 12-byte virtio-net header on every frame */
 	uint32_t frame_max; /* largest Ethernet frame either way, bytes */
+	int merge;	 /* 1: a reader may be given super-frames made of TCP segments that came together (streams without headers) */
 	struct rn_link_state *state; /* from rn_link_open(). NULL is enough for plain frames on a tap or datagram link */
 };
 
@@ -43,7 +44,7 @@ int rn_link_atomic(const struct rn_link *l);
 
 /* Read one frame into @buf, whose first RN_VNET_HLEN bytes take the header (zeroed if the link has none).
  * @cap: bytes at @buf, more than header + limit; the limit is frame_max, on a link with headers at least
- * RN_FRAME_MAX (super-frames; the caller holds the others to frame_max).
+ * RN_FRAME_MAX (super-frames; the caller holds the others to frame_max), and so if segments may be merged.
  * Returns frame bytes (header not counted), 0 on EOF (socket closed by the peer), -EAGAIN, -EMSGSIZE
  * (longer than the limit; it is gone), -EBADMSG (empty, or shorter than its virtio-net header; gone), -EPROTO (stream:
  * a length no frame has, so that nobody knows where the next one begins), -ENODATA (stream: ended inside a frame), or

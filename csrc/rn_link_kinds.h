@@ -49,7 +49,7 @@ static inline void rn_link_hold(struct rn_link_state *st, const uint8_t *head, u
 /* How much a read may bring: frame_max, or any super-frame (virtio 1.2 5.1.6.2). */
 static inline uint32_t rn_link_read_limit(const struct rn_link *l)
 {
-	return l->vnet && l->frame_max < RN_FRAME_MAX ? RN_FRAME_MAX : l->frame_max;
+	return (l->vnet || l->merge) && l->frame_max < RN_FRAME_MAX ? RN_FRAME_MAX : l->frame_max;
 }
 
 /* rn_link_segments.c: frames to be finished, on a link that takes one a system call. */

@@ -6,6 +6,9 @@
  * where the next frame begins cannot be known, so that the connection is of no more use. A frame that is merely longer
  * than the link allows is skipped, and so is one too short for its virtio-net header.
  *
+ * Segments of one TCP connection that lie behind each other in the buffer are handed out as one super-frame (rn_gro.h), if
+ * the caller allows it: a guest that cuts them itself then costs the stages behind it little more than one that does not.
+ *
  * Writing: small frames are collected and go with the next large one, or by the flush; a large one, and what segments a
  * frame becomes, are gathered from where they lie. What a full socket does not take is copied and held, from the byte
  * where it stopped: within a record nothing else may be written. More is taken until RN_LINK_HIGH bytes are held.
@@ -14,6 +17,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include "rn_gro.h"
 #include "rn_link_kinds.h"
 
 #define BATCH 64 /* segments a sendmsg, of two pieces each */
@@ -42,9 +46,46 @@ static int64_t fill(const struct rn_link *l, struct rn_link_state *st)
 	return 1;
 }
 
+/* The record at in_at + @at, if it is there, whole and a frame: its bytes; 0: it is not. */
+static uint32_t whole(const struct rn_link *l, uint32_t at)
+{
+	const struct rn_link_state *st = l->state;
+	uint32_t have = st->in_fill - st->in_at - at, n;
+
+	if (have < RN_LINK_LEN)
+		return 0;
+	n = rn_get32(st->in + st->in_at + at);
+	return n <= have - RN_LINK_LEN && n <= l->frame_max ? n : 0;
+}
+
+/* The @n-byte frame at in_at is in @vnet_then_frame: add the segments that follow it. Bytes of frame in the end. */
+static uint32_t merge(const struct rn_link *l, uint8_t *vnet_then_frame, uint32_t n)
+{
+	struct rn_link_state *st = l->state;
+	uint32_t at = RN_LINK_LEN + n, next = whole(l, at);
+	uint8_t *frame = vnet_then_frame + RN_VNET_HLEN;
+	struct rn_gro g;
+
+	if (!next || !rn_gro_begin(&g, frame, n) || !rn_gro_follows(&g, st->in + st->in_at + at + RN_LINK_LEN, next) ||
+	    !rn_gro_intact(frame, n)) /* last: most are found to be alone without reading them */
+		return n;
+	for (;;) {
+		const uint8_t *from = st->in + st->in_at + at + RN_LINK_LEN;
+
+		memcpy(frame + g.len - (next - g.hlen), from + g.hlen, next - g.hlen);
+		at += RN_LINK_LEN + next;
+		next = whole(l, at);
+		if (!next || !rn_gro_follows(&g, st->in + st->in_at + at + RN_LINK_LEN, next))
+			break;
+	}
+	rn_gro_finish(&g, vnet_then_frame);
+	st->in_at += at - RN_LINK_LEN - n; /* the caller counts the first */
+	return g.len;
+}
+
 int64_t rn_link_stream_read(const struct rn_link *l, uint8_t *vnet_then_frame)
 {
-	uint32_t header = l->vnet ? RN_VNET_HLEN : 0, max = header + rn_link_read_limit(l);
+	uint32_t header = l->vnet ? RN_VNET_HLEN : 0, max = header ? header + rn_link_read_limit(l) : l->frame_max;
 	struct rn_link_state *st = l->state;
 
 	if (!st)
@@ -77,8 +118,9 @@ int64_t rn_link_stream_read(const struct rn_link *l, uint8_t *vnet_then_frame)
 				if (!header)
 					memset(vnet_then_frame, 0, RN_VNET_HLEN);
 				memcpy(vnet_then_frame + RN_VNET_HLEN - header, at, n);
+				have = l->merge && !header ? merge(l, vnet_then_frame, n) : n - header;
 				st->in_at += RN_LINK_LEN + n;
-				return n - header;
+				return have;
 			}
 		}
 		more = fill(l, st);

@@ -62,7 +62,7 @@ def _promote(cfg: Config, ctx: StageContext) -> None:
 def init(cfg: Config, ctx: StageContext) -> GuestLink:
     """Make ctx.stage this stage; returns its link. Raises StageError."""
     link = GuestLink(ctx, lib.stage_guest_tx_link, lib.stage_guest_tx_broken, kind=cfg.link_kind, vnet=cfg.vnet,
-                     frame_max=cfg.frame_max)
+                     frame_max=cfg.frame_max, merge=cfg.offload)
     if lib.stage_guest_tx_init(ctx.stage, link.now, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.nic2 is not None:

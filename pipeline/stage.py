@@ -314,15 +314,15 @@ class GuestLink:
     """
 
     def __init__(self, ctx: StageContext, change: Callable[[CData, CData], int], broken: Callable[[CData], int], *,
-                 kind: str, vnet: bool, frame_max: int) -> None:
+                 kind: str, vnet: bool, frame_max: int, merge: bool = False) -> None:
         self._ctx, self._change, self._broken = ctx, change, broken
-        self._kind, self._vnet, self._frame_max = kind, vnet, frame_max
+        self._made: dict[str, Any] = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "merge": merge}
         self._fd = ctx.fds.get("link", -1)
         self.now = self._link(self._fd)
         ctx.handlers[LinkChange] = self._handle
 
     def _link(self, fd: int) -> CData:
-        return link(fd, kind=self._kind, vnet=self._vnet, frame_max=self._frame_max)
+        return link(fd, **self._made)
 
     def _handle(self, ask: LinkChange, fds: list[int]) -> str:
         fd = fds[0] if ask.present else -1

@@ -75,7 +75,7 @@ static void begin(uint8_t how)
 {
 	static const struct rn_part_spec spec[ROWS] = { { SMALLS, LARGES }, { SMALLS, LARGES }, { 0, 0 }, { 0, 0 }, { 0, 0 } };
 	struct rn_link link = { .kind = how & 8 ? RN_LINK_STREAM : how & 1 ? RN_LINK_TAP : RN_LINK_DGRAM, .vnet = how >> 1 & 1,
-				.frame_max = how & 4 ? RN_FRAME_MAX : 1514 };
+				.frame_max = how & 4 ? RN_FRAME_MAX : 1514, .merge = how & 1 };
 	uint64_t arena = rn_arena_size(spec, ROWS), ring = rn_ring_size(SLOTS);
 
 	t.stream = link.kind == RN_LINK_STREAM;

@@ -14,7 +14,7 @@ import pytest
 from frames import inproc
 from frames.inproc import FRAME_MAX, VNET, count, counts, link, pair, received, run
 from shm._dataplane import ffi, lib
-from test_gso import ACK, PSH, packet, plain_sum, pseudo, tcp_head, vnet
+from test_gso import ACK, PSH, finish, packet, plain_sum, pseudo, tcp_head, vnet
 
 WORD_MAX = lib.RN_LINK_WORD_MAX
 MTU_FRAME = 1514
@@ -65,7 +65,7 @@ class Vm(inproc.Plane):
     guest's end of what is under test, `feed` and `seen` are plain datagram ends with headers at the other side."""
 
     def __init__(self, *, kind: int = lib.RN_LINK_STREAM, vnet: bool = False, frame_max: int = MTU_FRAME, slots: int = 256,
-                 buffers: int = 1 << 20) -> None:
+                 buffers: int = 1 << 20, merge: bool = False) -> None:
         super().__init__({0: (512, 16), 2: (512, 32)})
         make = stream_pair if kind == lib.RN_LINK_STREAM else pair
         self.ours, self.vm = make(buffers)
@@ -74,7 +74,7 @@ class Vm(inproc.Plane):
         self.keep += [inner, outer, self.ours, self.vm, self.feed, self.seen]
         up, down = inproc.Ring(slots), inproc.Ring(slots)
         self.up, self.down = up, down
-        self.options = {"kind": kind, "vnet": vnet, "frame_max": frame_max}
+        self.options = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "merge": merge}
         self.tx = self.stage(0, outputs={lib.RN_ROLE_CLASSIFY: (up, 1)})
         self.rx = self.stage(3, inputs={2: down})
         assert lib.stage_guest_tx_init(self.tx, link(self.ours, **self.options), -1) == 0
@@ -85,8 +85,8 @@ class Vm(inproc.Plane):
         self.sink = self.stage(1, inputs={0: up})
         assert lib.stage_guest_rx_init(self.sink, link(outer), -1) == 0
 
-    def from_guest(self) -> list[bytes]:
-        """Frames that came through guest_tx since the last call."""
+    def from_guest(self, *, headers: bool = False) -> list[bytes]:
+        """Frames that came through guest_tx since the last call; headers: with their virtio-net headers."""
         got = []
         while True:
             run(self.tx)
@@ -94,7 +94,7 @@ class Vm(inproc.Plane):
             more = received(self.seen)
             if not more:
                 return got
-            got += [d[12:] for d in more]
+            got += [d if headers else d[12:] for d in more]
 
     def to_guest(self, *frames: bytes, header: bytes = VNET) -> None:
         for f in frames:
@@ -340,6 +340,106 @@ def test_segments_over_the_mtu_are_refused(kind: int) -> None:
     with Vm(kind=kind) as v:
         v.to_guest(packet(4, 6, tcp_head(1, ACK), bytes(4000), partial=True), header=vnet(gso=1, size=1461))
         assert count(v.rx, "drop_link_write") == 1 and count(v.rx, "frames_out") == 0
+
+
+# --- segments that come together ---
+
+
+def tcp(seq: int, payload: bytes, flags: int = ACK, *, options: bytes = b"", ident: int = 7, port: int = 80) -> bytes:
+    head = struct.pack("!H", port) + tcp_head(seq & 0xFFFFFFFF, flags, options)[2:]
+    return packet(4, 6, head, payload, ident=ident)
+
+
+def recut(received_: list[bytes]) -> list[bytes]:
+    """Frames with headers, cut again as the product would for a peer without offloads. IP identification is left out."""
+    found = []
+    for d in received_:
+        parts = finish(d[:12], d[12:])
+        assert isinstance(parts, list)
+        found += [p[:18] + p[20:24] + p[26:] for p in parts]
+    return found
+
+
+def plain(frames: list[bytes]) -> list[bytes]:
+    """The same of frames as they were sent: without IP identification and the header's checksum over it."""
+    return [f[:18] + f[20:24] + f[26:] for f in frames]
+
+
+def test_segments_of_a_connection_become_one_frame() -> None:
+    rng = random.Random(3)
+    payload = rng.randbytes(100_000)
+    sent = [tcp(0xFFFF0000 + at, payload[at:at + 1448], ident=at & 0xFFFF, options=b"\1\1\x08\x0a" + b"time" + b"echo")
+            for at in range(0, len(payload), 1448)]
+    with Vm(merge=True) as v:
+        v.vm.sendall(b"".join(map(record, sent)))
+        got = v.from_guest(headers=True)
+        assert len(got) == 2 and all(len(d) <= 12 + FRAME_MAX for d in got)  # 64 KiB each at most
+        assert recut(got) == plain(sent)
+        assert count(v.tx, "frames_in") == count(v.tx, "frames_out") == 2
+
+
+def test_no_segments_are_merged_unless_asked(vm: Vm) -> None:
+    sent = [tcp(1 + i * 100, bytes(100)) for i in range(5)]
+    vm.vm.sendall(b"".join(map(record, sent)))
+    assert vm.from_guest() == sent
+
+
+FIRST = tcp(1, b"a" * 100)
+
+
+@pytest.mark.parametrize("second", [
+    tcp(101, b"b" * 100, port=81), tcp(102, b"b" * 100), tcp(1, b"a" * 100), tcp(101, b"b" * 101), tcp(101, b""),
+    tcp(101, b"b" * 100, ACK | 1), tcp(101, b"b" * 100, ACK | 2), tcp(101, b"b" * 100, ACK | 4), tcp(101, b"b" * 100, ACK | 32),
+    tcp(101, b"b" * 100, ACK | 64), tcp(101, b"b" * 100, 0), tcp(101, b"b" * 100, options=b"\1\1\1\1"),
+    tcp(101, b"b" * 100)[:42] + b"\0\0\0\x64" + tcp(101, b"b" * 100)[46:],
+    tcp(101, b"b" * 100)[:48] + b"\1\0" + tcp(101, b"b" * 100)[50:],
+    tcp(101, b"b" * 100)[:50] + b"\0\0" + tcp(101, b"b" * 100)[52:],
+    tcp(101, b"b" * 100)[:-1] + b"c",
+    tcp(101, b"b" * 100)[:24] + b"\0\0" + tcp(101, b"b" * 100)[26:],
+    tcp(101, b"b" * 100)[:22] + b"\1" + tcp(101, b"b" * 100)[23:],
+    tcp(101, b"b" * 100)[:15] + b"\3" + tcp(101, b"b" * 100)[16:],
+    tcp(101, b"b" * 100)[:20] + b"\x20\0" + tcp(101, b"b" * 100)[22:],
+    tcp(101, b"b" * 100) + bytes(4),
+    b"\1" + tcp(101, b"b" * 100)[1:],
+    frame(60),
+], ids=["port", "gap", "again", "longer", "empty", "fin", "syn", "rst", "urg", "ece", "no-ack", "options", "ack-number", "window",
+        "checksum-field", "damaged", "ip-checksum", "ttl", "ecn", "fragment", "padded", "mac", "other"])
+def test_what_is_not_the_next_segment_stays_by_itself(second: bytes) -> None:
+    with Vm(merge=True) as v:
+        for pair_ in ((FIRST, second), (second, FIRST)):
+            v.vm.sendall(b"".join(map(record, pair_)))
+            assert v.from_guest() == list(pair_)
+
+
+def test_a_short_segment_is_the_last() -> None:
+    sent = [tcp(1, b"a" * 100), tcp(101, b"b" * 40), tcp(141, b"c" * 100), tcp(241, b"d" * 100)]
+    with Vm(merge=True) as v:
+        v.vm.sendall(b"".join(map(record, sent)))
+        got = v.from_guest(headers=True)
+        assert [len(d) - 12 for d in got] == [54 + 140, 54 + 200] and recut(got) == plain(sent)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mixture_comes_out_in_order(seed: int) -> None:
+    """Several connections, damage, other frames, cut anywhere: cut again, it is what was sent."""
+    rng = random.Random(seed)
+    seqs, sent = [rng.randrange(1 << 32) for _ in range(3)], []
+    for _ in range(300):
+        i = 0 if rng.random() < 0.8 else rng.randrange(3)
+        n = rng.choice((1448, 1448, 1448, 1448, 1, 700))
+        made = tcp(seqs[i], rng.randbytes(n), port=80 + i)
+        seqs[i] += n if rng.random() < 0.97 else 5
+        if rng.random() < 0.03:
+            made = frame(rng.randrange(60, 1514))
+        sent.append(made)
+    wire, got = b"".join(map(record, sent)), []
+    with Vm(merge=True) as v:
+        while wire:
+            n = rng.choice((1, 100, 5000, 60_000))
+            v.vm.sendall(wire[:n])
+            wire = wire[n:]
+            got += v.from_guest(headers=True)
+    assert len(got) < len(sent) and recut(got) == plain(sent)
 
 
 # --- another link ---
