@@ -88,6 +88,9 @@ struct flow_priv {
 	uint32_t flags;
 	/* promotion (promote.c) */
 	uint8_t fast;	     /* FP_* */
+	uint8_t to4[4];	     /* UDP: destination of the last datagrams, as the guest calls it, */
+	uint16_t to_port;    /* host order, */
+	uint32_t run;	     /* and how many in a row */
 	uint8_t fast_backoff; /* times down was taken back without having been of use for long */
 	uint64_t fast_at;    /* ns: down is not offered before */
 	/* Where the host socket and the halves stood when they were first offered: what repairs a half whose owner was killed */
@@ -283,6 +286,8 @@ void udp_fini(struct egress *e);
 void udp_input(struct egress *e, struct eg_frame *f);
 void udp_event(struct egress *e, uint32_t i, uint32_t events);
 void udp_timer(struct egress *e, uint32_t i);
+void udp_notice(struct egress *e, uint32_t i, enum rn_flow_notice n); /* about a mapping, its generation checked */
+void udp_reset(struct egress *e, uint32_t i, int tx); /* guest_tx (@tx) or guest_rx is a new process, without its socket */
 int udp_work(struct egress *e, uint32_t i);
 
 int icmp_init(struct egress *e);

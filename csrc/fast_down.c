@@ -1,4 +1,5 @@
-/* fast_down.c - promoted flows, host to guest: the half `down` while guest_rx owns it (rules: rn_promote.h).
+/* fast_down.c - promoted flows, host to guest: the half `down` while guest_rx owns it (rules: rn_promote.h). UDP's part is
+ * fast_udp_down.c.
  *
  * pump() peeks at the host socket into the one buffer of this stage, behind room for the headers, and writes it to the
  * link as it is: no frame buffer, no ring, no wake. What the guest acknowledged is read from struct rn_acks, and taken out
@@ -16,21 +17,16 @@
  *
  * system calls: recvfrom, recvmsg, setsockopt (host sockets), recvmsg (sockets from egress), epoll_ctl, close
  */
-#include "fast_down.h"
+#include "fast_down_internal.h"
 
 #include "rn_fdpass.h"
-#include "rn_peek.h"
-#include "rn_promote.h"
-#include "rn_tcpseg.h"
 #include "tcp_rtt.h"
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
-#define NONE UINT32_MAX
 #define QUANTUM (256u << 10) /* bytes of a flow before the next one's turn */
 #define BUDGET (1024u << 10) /* bytes a turn of the stage */
 #define RUNS 64u	     /* flows a turn of the stage */
@@ -41,44 +37,6 @@
 #define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
 #define SEQ_LE(a, b) ((int32_t)((a) - (b)) <= 0)
 #define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
-
-#define HEADERS (RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN)
-#define BUF_ETH 18u /* Ethernet header in the buffer: virtio-net header in front, IP header 16-aligned */
-
-struct down_flow {
-	int fd; /* our descriptor of the host socket */
-	uint32_t gen;
-	uint32_t at;	  /* SO_PEEK_OFF, as rn_peek.h keeps it */
-	uint32_t wnd_max; /* largest window seen (RFC 9293 3.8.6.2.1) */
-	uint32_t rtt_seq; /* sequence number timed, */
-	uint64_t rtt_ns;  /* and when it was sent; 0: none is */
-	uint64_t since;	  /* of the last progress, or of the first byte in flight; CLOCK_MONOTONIC ns */
-	uint32_t run_next;
-	uint32_t watch_next, watch_prev;
-	uint8_t proto, peek_off, scaled;
-	uint8_t readable; /* 1: the socket may have bytes not peeked at */
-	uint8_t hup;	  /* 1: its end was told; a peek that finds nothing is that end */
-	uint8_t urgent;	  /* 1: urgent data came: egress's */
-	uint8_t running, watched; /* in the lists */
-};
-
-struct fast_down {
-	struct rn_stage *s;
-	struct rn_flows *flows;
-	uint32_t nflows, n;
-	struct fast_down_config cfg;
-	fast_down_out *out;
-	uint32_t me, egress; /* owner words */
-	uint32_t frame;	     /* payload bytes of the largest frame */
-	struct down_flow *flow; /* same index as in the table */
-	uint32_t run, run_tail, watch;
-	uint64_t watch_at;
-	uint16_t ip_id;
-	uint8_t reset;	  /* 1: egress is still to be told that this is a new process */
-	uint32_t waiting; /* bytes of a frame in buf that the link did not take yet; 0: none */
-	struct rn_peek_skip *skip; /* made at the first flow that needs it */
-	uint8_t buf[BUF_ETH + RN_FRAME_MAX];
-};
 
 struct fast_down *fast_down_new(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_down_config *cfg,
 				fast_down_out *out)
@@ -201,7 +159,7 @@ static int take_in(struct fast_down *d, const struct rn_pass *p, int fd)
 
 	if (q->proto)
 		let_go(d, p->index);
-	if (!p->peek_off && !d->skip) {
+	if (p->proto == RN_IPPROTO_TCP && !p->peek_off && !d->skip) {
 		d->skip = calloc(1, sizeof(*d->skip));
 		if (!d->skip)
 			return -ENOMEM;
@@ -268,6 +226,8 @@ static void offered(struct fast_down *d, uint32_t i, uint32_t gen)
 			rn_half_leave(&f->down.owner, d->egress); /* egress finds it out with the guest's next segment */
 		return;
 	}
+	if (q->proto == RN_IPPROTO_UDP)
+		fast_udp_begin(d, q);
 	q->at = RN_PEEK_UNKNOWN;
 	q->wnd_max = f->down.snd_wnd;
 	q->rtt_ns = 0;
@@ -555,7 +515,7 @@ int fast_down_turn(struct fast_down *d)
 		did = 1;
 		if (!q->proto)
 			continue;
-		r = pump(d, i);
+		r = q->proto == RN_IPPROTO_TCP ? pump(d, i) : fast_udp_pump(d, i);
 		if (r)
 			run(d, i);
 		if (r < 0)

@@ -6,9 +6,10 @@
 
 /* CFFI BEGIN */
 struct fast_down_config {
-	uint8_t gateway_mac[6];
+	uint8_t gateway4[4], gateway_mac[6];
 	uint32_t mtu;	     /* bytes of L3 towards the guest */
 	int offload;	     /* the link completes checksums and cuts super-frames */
+	int uso;	     /* it cuts UDP super-frames too */
 	int flows_fd;	     /* SOCK_SEQPACKET from egress: sockets of flows (rn_fdpass.h) */
 };
 /* CFFI END */

@@ -1,4 +1,5 @@
-/* fast_up.c - promoted flows, guest to host: the half `up` while guest_tx owns it (rules: rn_promote.h).
+/* fast_up.c - promoted flows, guest to host: the half `up` while guest_tx owns it (rules: rn_promote.h). UDP's part is
+ * fast_udp_up.c.
  *
  * A frame read from the link is looked up by its addresses and ports. Of a flow that is here it is parsed by the rules of
  * classify, and taken if it is what a settled connection sends nearly always: ACK or ACK+PSH without options, at rcv_nxt,
@@ -20,10 +21,9 @@
  *
  * system calls: sendto, write (link), recvmsg (sockets from egress), ioctl, getsockopt, epoll_ctl, close
  */
-#include "fast_up.h"
+#include "fast_up_internal.h"
 
 #include "rn_fdpass.h"
-#include "rn_promote.h"
 #include "rn_tcpseg.h"
 
 #include <errno.h>
@@ -35,7 +35,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define NONE UINT32_MAX
 #define MISSES 8u
 #define BARRIER_NS 5000000ull
 #define DELAY_NS 4000000ull /* an ACK is late by at most this, and a tick of epoll_wait */
@@ -43,42 +42,6 @@
 
 #define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
 #define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
-
-struct fast_flow {
-	int fd;		       /* our descriptor of the host socket, -1: not here */
-	uint32_t gen;
-	uint32_t hash_next;    /* NONE ends */
-	uint32_t guest4, peer4; /* as in the packet */
-	uint32_t ports;	       /* as in the packet, source first */
-	uint8_t proto, scaled;
-	uint8_t owed;	       /* in the list of flows with something to tell the guest */
-	uint8_t late;	       /* in the list of ACKs that wait for an answer */
-	uint8_t in_turn;       /* answers that carried an ACK, running; at most SPEAKS_IN_TURN */
-	uint8_t watched;       /* 1: in epoll, 2: and waiting for room */
-	uint8_t told_window;   /* of an owed one: the window moved by enough to say so */
-	uint32_t owed_next, late_next;
-	uint64_t late_due;     /* CLOCK_MONOTONIC ns */
-	uint32_t misses;       /* early segments in a row */
-	uint32_t sndbuf;
-};
-
-struct fast_up {
-	struct rn_stage *s;
-	const struct rn_link *link;
-	struct rn_flows *flows;
-	uint32_t nflows, n; /* n: flows here */
-	struct fast_up_config cfg;
-	uint32_t me, egress, rx; /* owner words */
-	struct fast_flow *flow; /* same index as in the table */
-	uint32_t *hash, hash_mask;
-	uint64_t key; /* of the hash: the guest chooses ports */
-	uint32_t owed, late, late_tail; /* lists; late: oldest first */
-	uint32_t barrier; /* flow that asks for one, or NONE */
-	uint64_t barrier_until; /* 0: none is out */
-	uint16_t ip_id;
-	uint8_t reset; /* 1: egress is still to be told that this is a new process */
-	uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN];
-};
 
 struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void *flows, uint64_t flows_size,
 			    const struct fast_up_config *cfg)
@@ -110,7 +73,8 @@ struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void
 	u->hash_mask = nhash - 1;
 	u->flow = calloc(u->nflows, sizeof(*u->flow));
 	u->hash = calloc(nhash, sizeof(*u->hash)); /* index + 1: untouched pages stay untouched */
-	if (!u->flow || !u->hash || rn_flows_size(u->nflows) > flows_size) {
+	u->udp = fast_udp_new();
+	if (!u->flow || !u->hash || !u->udp || rn_flows_size(u->nflows) > flows_size) {
 		fast_up_free(u);
 		return NULL;
 	}
@@ -139,6 +103,7 @@ void fast_up_free(struct fast_up *u)
 			let_go(u, i);
 	free(u->flow);
 	free(u->hash);
+	free(u->udp);
 	free(u);
 }
 
@@ -228,11 +193,15 @@ static int take_sockets(struct fast_up *u, uint32_t i, uint32_t gen)
 		ff->in_turn = 0;
 		ff->misses = 0;
 		ff->sndbuf = 0;
+		ff->df = p.df;
+		ff->slow = 0;
+		ff->to = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons(p.peer_port) };
+		memcpy(&ff->to.sin_addr, p.host4, 4);
 		memcpy(&ff->guest4, f->guest_addr + 12, 4);
-		memcpy(&ff->peer4, f->peer_addr + 12, 4);
-		port = __builtin_bswap16(f->guest_port);
+		memcpy(&ff->peer4, p.peer4, 4);
+		port = htons(f->guest_port);
 		memcpy(&ff->ports, &port, 2);
-		port = __builtin_bswap16(f->peer_port);
+		port = htons(p.peer_port);
 		memcpy((uint8_t *)&ff->ports + 2, &port, 2);
 		uint32_t b = bucket(u, ff->guest4, ff->peer4, ff->ports, ff->proto);
 
@@ -403,9 +372,7 @@ int fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t f
 		memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
 	if (rn_parse_frame(&v, flags & RN_DESC_VNET ? &vnet : NULL, &u->cfg.parse, &p) != RN_V_BRIDGE)
 		return 0; /* classify says why, and counts it */
-	if (p.ip_proto == RN_IPPROTO_TCP)
-		return take_tcp(u, i, eth, &p);
-	return 0;
+	return p.ip_proto == RN_IPPROTO_TCP ? take_tcp(u, i, eth, &p) : fast_udp_take(u, i, eth, &p);
 }
 
 void fast_up_sent(struct fast_up *u)
@@ -557,6 +524,7 @@ leave:
 
 int fast_up_flush(struct fast_up *u)
 {
+	fast_udp_flush(u);
 	while (u->owed != NONE) {
 		uint32_t i = u->owed;
 		struct fast_flow *ff = &u->flow[i];

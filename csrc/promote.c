@@ -125,10 +125,13 @@ void promote_reset(struct egress *e, int tx)
 
 		if (!q->proto || !(q->fast & has))
 			continue;
-		if (q->proto == RN_IPPROTO_TCP)
+		if (q->proto == RN_IPPROTO_TCP) {
 			tcp_take_back(e, i);
-		q->fast &= (uint8_t)~has;
-		eg_work(e, i, 0); /* and is offered again when it is settled */
+			q->fast &= (uint8_t)~has;
+			eg_work(e, i, 0); /* and is offered again when it is settled */
+		} else {
+			udp_reset(e, i, tx);
+		}
 	}
 }
 

@@ -978,6 +978,8 @@ static void take_notice(struct egress *e, const struct rn_desc *d, uint32_t row)
 		promote_reset(e, row != e->s->out_row[RN_ROLE_GUEST]); /* guest_tx's comes by classify */
 	else if (e->priv[i].proto == RN_IPPROTO_TCP && eg_flow(e, i)->gen == d->len)
 		tcp_notice(e, i, rn_fn_of(d));
+	else if (e->priv[i].proto == RN_IPPROTO_UDP && eg_flow(e, i)->gen == d->len)
+		udp_notice(e, i, rn_fn_of(d));
 	else if (rn_fn_of(d) == RN_FN_BARRIER) /* the flow is gone; whoever waits need not */
 		promote_notice(e, i, RN_FN_BARRIER_OVER, 1, d->len);
 }

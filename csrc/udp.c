@@ -40,8 +40,6 @@
 #define UDP_TTL_PLAIN 64u /* from here on the guest's TTL is not passed on: a common default, no traceroute */
 #define UDP_QUOTE_MAX 520u /* payload of an ICMP error's quote: 548 without the IP and UDP headers */
 
-#define UDP_W_READ 1u
-#define UDP_W_ERROR 2u
 
 int udp_init(struct egress *e)
 {
@@ -72,9 +70,16 @@ void udp_fini(struct egress *e)
 
 static int evict(struct egress *e)
 {
-	if (e->udp_lru.head == EG_NONE)
+	uint32_t oldest = e->udp_lru.head;
+
+	if (oldest == EG_NONE)
 		return 0;
-	eg_drop(e, e->udp_lru.head);
+	/* What link stages serve does not move in the list, so there it may stand before what is older. What egress serves
+	 * stands right, and nothing behind it is older than it. */
+	for (uint32_t i = oldest; e->priv[i].fast && (i = e->priv[i].lru_next) != EG_NONE;)
+		if (RN_LOOK(eg_flow(e, i)->last_ns) < RN_LOOK(eg_flow(e, oldest)->last_ns))
+			oldest = i;
+	eg_drop(e, oldest);
 	e->s->c[RN_C_udp_evicted]++;
 	return 1;
 }
@@ -147,6 +152,8 @@ static void keep_df(struct egress *e, uint32_t i, const struct eg_frame *f)
 	uint8_t df = !!(rn_get16(f->ip + RN_IP4_FRAG) & RN_IP4_DF);
 	int how = df ? IP_PMTUDISC_DO : IP_PMTUDISC_DONT;
 
+	if (RN_UNLIKELY(p->df != df))
+		udp_promote_end_up(e, i); /* guest_tx knows the socket as it was */
 	if (RN_UNLIKELY(p->df != df) && setsockopt(p->fd, IPPROTO_IP, IP_MTU_DISCOVER, &how, sizeof(how)) == 0)
 		p->df = df;
 }
@@ -164,6 +171,18 @@ void udp_refresh(struct egress *e, uint32_t i, int answer)
 
 void udp_timer(struct egress *e, uint32_t i)
 {
+	struct flow_priv *p = &e->priv[i];
+	const struct rn_flow *fl = eg_flow(e, i);
+	uint64_t last = RN_LOOK(fl->last_ns);
+
+	if (p->fast) { /* what link stages served is known by the table alone */
+		uint64_t end = last + (p->replied || RN_LOOK(fl->down.packets) ? UDP_ANSWERED_NS : UDP_UNANSWERED_NS);
+
+		if (end > e->s->now) {
+			eg_timer(e, i, end);
+			return;
+		}
+	}
 	eg_drop(e, i);
 }
 
@@ -372,6 +391,7 @@ void udp_input(struct egress *e, struct eg_frame *f)
 	fl->up.bytes += f->payload_len;
 	fl->up.packets++;
 	e->s->c[RN_C_udp_up]++;
+	udp_promote(e, i, f, host);
 }
 
 /* --- host to guest --- */
@@ -384,9 +404,12 @@ void udp_event(struct egress *e, uint32_t i, uint32_t events)
 		proxy_udp_event(e, i);
 		return;
 	}
+	if (e->priv[i].fast & FP_DOWN)
+		bits = 0; /* guest_rx reads */
 	if (events & (EPOLLERR | EPOLLHUP))
 		bits |= UDP_W_ERROR;
-	eg_work(e, i, bits);
+	if (bits)
+		eg_work(e, i, bits);
 }
 
 /* Fill the UDP header in front of @len bytes of payload. */
@@ -502,6 +525,8 @@ int udp_work(struct egress *e, uint32_t i)
 			return 1;
 		p->work &= ~UDP_W_ERROR;
 	}
+	if (p->fast & FP_DOWN)
+		p->work &= ~UDP_W_READ; /* guest_rx reads */
 	if (!(p->work & UDP_W_READ))
 		return 0;
 

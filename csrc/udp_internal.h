@@ -9,6 +9,9 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#define UDP_W_READ 1u /* flow_priv.work: what there is to do */
+#define UDP_W_ERROR 2u
+
 #define UDP_BURST 16u
 #define UDP_HEADERS (RN_ETH_HLEN + RN_IP4_HLEN + RN_UDP_HLEN)
 #define UDP_PAYLOAD_MAX (65535u - RN_IP4_HLEN - RN_UDP_HLEN)
@@ -33,5 +36,9 @@ void udp_deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len, const u
 void udp_make_room(struct egress *e, uint32_t fds);
 /* There was traffic; @answer: by whom the mapping was not made for. Sets the timeout. */
 void udp_refresh(struct egress *e, uint32_t i, int answer);
+
+/* udp_promote.c: a datagram was sent to @host4, which is what its destination is on the host side. */
+void udp_promote(struct egress *e, uint32_t i, const struct eg_frame *f, const uint8_t host4[4]);
+void udp_promote_end_up(struct egress *e, uint32_t i); /* guest_tx sends no more of this mapping's */
 
 #endif

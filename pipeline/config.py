@@ -526,10 +526,10 @@ class SecondNic(Struct, frozen=True, kw_only=True):
     row: int  # vmnet's
 
 
-def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = "", second: SecondNic | None = None
-                  ) -> dict[str, dict[str, Any]]:
+def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = "", second: SecondNic | None = None,
+                  uso: bool = False) -> dict[str, dict[str, Any]]:
     """The stages' configurations by stage name, ready to be encoded. dns_path: abstract Unix address (without the
-    leading NUL) of services' DNS over TCP. Raises ConfigError if a proxy's name has no address."""
+    leading NUL) of services' DNS over TCP. uso: the link takes UDP super-frames. Raises ConfigError if a proxy's name has no address."""
     net = s.network
     first, last = pool(s)
     try:
@@ -537,13 +537,14 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     except ProxyError as e:
         raise ConfigError(f"--proxy {e}") from None
     link = {"link_kind": link_kind, "vnet": vnet, "mtu": s.mtu, "frame_max": frame_max(s.mtu, vnet=vnet and s.offloads),
-            "pcap": bool(s.pcap), "promote": bool(s.promote), "gateway_mac": s.mac, "offload": s.offloads}
+            "pcap": bool(s.pcap), "promote": bool(s.promote), "gateway4": s.gateway,
+            "gateway_mac": s.mac, "offload": s.offloads}
     seat = {"gateway4": s.gateway, "gateway_mac": s.mac, "mtu": s.mtu}
     # What guest_tx writes to the link itself goes past a bad wire and the capture in guest_rx.
     direct = not s.pcap and not any(i.stage == "guest_rx" for i in s.impairments())
     made: dict[str, dict[str, Any]] = {
-        "guest_tx": {**link, "gateway4": s.gateway, "subnet": str(net), "direct": direct},
-        "guest_rx": link,
+        "guest_tx": {**link, "subnet": str(net), "direct": direct},
+        "guest_rx": {**link, "uso": uso and s.offloads},
         "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
         "egress": {**seat, "offload": s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
@@ -558,8 +559,8 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     if second is not None:
         largest = nic2.frame_max(second.facts)
         link2 = {"link_kind": second.guest_kind, "vnet": second.guest_vnet, "frame_max": largest}
-        made["guest_tx"] |= {"nic2": link2}
-        made["guest_rx"] = link | {"nic2": link2 | {"producer": second.row}}
+        made["guest_tx"]["nic2"] = link2
+        made["guest_rx"]["nic2"] = link2 | {"producer": second.row}
         made["vmnet"] = {"link_kind": second.host_kind, "vnet": second.host_vnet, "frame_max": largest,
                          "storm": second.storm}
     return {name: {"type": name, **c} for name, c in made.items()}

@@ -10,9 +10,11 @@ Source:  virtio-net header: virtio 1.2 5.1.6. The loop is csrc/stage_guest_rx.c.
 """
 from __future__ import annotations
 
+import ipaddress
+
 from msgspec import Struct
 
-from pipeline.config import LinkKind, Mac, Mtu
+from pipeline.config import Ipv4, LinkKind, Mac, Mtu
 from pipeline.stage import Ended, GuestLink, StageContext, StageError
 from shm._dataplane import ffi, lib
 from shm.link import link as make_link
@@ -35,7 +37,9 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     pcap: bool  # fds has the capture file
     promote: bool  # promoted flows are run here; fds has flows_rx
     offload: bool  # the link completes checksums and cuts super-frames
+    gateway4: Ipv4
     gateway_mac: Mac
+    uso: bool = False  # the link cuts UDP super-frames
     nic2: Nic2Link | None = None  # the guest's second NIC (fds: link2)
 
 
@@ -44,8 +48,8 @@ def _promote(cfg: Config, ctx: StageContext) -> None:
     if ctx.flows is None:
         raise StageError("the flow table was not granted")
     c = ffi.new("struct fast_down_config *", {
-        "gateway_mac": list(bytes.fromhex(cfg.gateway_mac.replace(":", ""))), "mtu": cfg.mtu,
-        "offload": cfg.offload, "flows_fd": ctx.fds["flows_rx"]})
+        "gateway4": list(ipaddress.IPv4Address(cfg.gateway4).packed), "gateway_mac": list(bytes.fromhex(cfg.gateway_mac.replace(":", ""))), "mtu": cfg.mtu,
+        "offload": cfg.offload, "uso": cfg.offload and cfg.uso, "flows_fd": ctx.fds["flows_rx"]})
     if lib.stage_guest_rx_promote(ctx.stage, *ctx.flows, c) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
 

@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from pipeline.second_nic import SecondNic
 
 _TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h: _IOW('T', 208, unsigned int)
+_TUN_F_OFFLOADS, _TUN_F_USO = 0x07, 0x60  # CSUM, TSO4, TSO6 (as rn_tap_open()); USO4, USO6
 _Object = TypeVar("_Object", bound=SharedObject)
 PING_GROUP_RANGE = "net.ipv4.ping_group_range"
 
@@ -778,7 +779,8 @@ class Session:
             try:
                 self._configs = configs = stage_configs(
                     self.settings, link_kind=self.link.kind, vnet=self.link.vnet, dns_path=dns_path,
-                    second=self.nic2.stage_facts() if self.nic2 is not None else None)
+                    second=self.nic2.stage_facts() if self.nic2 is not None else None,
+                    uso=self.link.kind == "tap" and self._takes_udp_super_frames(self._extras["link"]))
             except ConfigError as e:  # a proxy's name does not resolve
                 raise SessionError(Exit.RUNTIME, str(e)) from e
             for child in sinks_first:
@@ -870,6 +872,18 @@ class Session:
                 widen(sock)
             except OSError as e:
                 self._warn(f"socket buffers of the guest's link stay as they are: {e.strerror}")
+
+    def _takes_udp_super_frames(self, tap: int) -> bool:
+        """Kernels from 6.2 on cut them (TUN_F_USO4); known by whether they could be asked for the other way. They are not:
+        what the guest sends comes as before."""
+        try:
+            fcntl.ioctl(tap, _TUNSETOFFLOAD, _TUN_F_OFFLOADS | _TUN_F_USO)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            return False
+        fcntl.ioctl(tap, _TUNSETOFFLOAD, _TUN_F_OFFLOADS if self.settings.offloads else 0)
+        return True
 
     def _watch_link(self, fd: int) -> None:
         """Be told of the link's end, and never of a frame: an epoll that asks for errors only, inside ours.

@@ -528,6 +528,8 @@ class Wire(Guest):
         super().__init__()
         self.mtu = settings.setdefault("mtu", 1500)
         settings.setdefault("quiet", True)
+        if "RINGNET_TEST_PROMOTE" in os.environ:
+            settings.setdefault("promote", int(os.environ["RINGNET_TEST_PROMOTE"]))
         self._with = contextlib.ExitStack()
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._with.enter_context(self.sock)
