@@ -118,6 +118,16 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"ctl policy ls|-s" | "ctl policy ls|--session" | "ctl policy ls|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
+		"ctl policy replace|-s" | "ctl policy replace|--session" | "ctl policy replace|--api-socket")
+			skip=1
+			option=$w
+			continue
+			;;
 		"ctl hold|-s" | "ctl hold|--session" | "ctl hold|--api-socket")
 			skip=1
 			option=$w
@@ -220,7 +230,7 @@ _ringnet() {
 			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl policy ls" | "ctl policy replace" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -272,6 +282,10 @@ _ringnet() {
 		"ctl close|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"ctl policy|-s" | "ctl policy|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
 		"ctl policy|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl policy ls|-s" | "ctl policy ls|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl policy ls|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"ctl policy replace|-s" | "ctl policy replace|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"ctl policy replace|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"ctl hold|-s" | "ctl hold|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
 		"ctl hold|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"ctl release|-s" | "ctl release|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
@@ -336,7 +350,9 @@ _ringnet() {
 	"ctl hosts rm") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --domain --owner" -- "$cur")) ;;
 	"ctl flows") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --proto" -- "$cur")) ;;
 	"ctl close") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
-	"ctl policy") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl policy") COMPREPLY=($(compgen -W "ls replace -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl policy ls") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl policy replace") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl hold") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl release") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl pause") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;

@@ -454,11 +454,19 @@ class FlowsClose(Call, kw_only=True):
     flow: Annotated[str, Meta(pattern=r"^[0-9]{1,10}\.[0-9]{1,10}$")]
 
 
-class Policy(Call, kw_only=True):
+class PolicyList(Call, kw_only=True):
     """What may be called, out and in, and how often that was refused."""
 
-    call = "policy"
+    call = "policy.list"
     result = PolicyInfo
+
+
+class PolicyReplace(Call, kw_only=True):
+    """Other rules instead of those of --policy, for what begins from now on. All or none."""
+
+    call = "policy.replace"
+    result = Changed
+    rules: Annotated[list[str], Meta(max_length=1024)]
 
 
 class Memory(Call, kw_only=True):
@@ -606,8 +614,8 @@ class Dump(Call, kw_only=True):
     directory: Annotated[str, Meta(pattern="^/")]
 
 
-EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "flow-refused", "lease-given",
-                    "nic-changed"]
+EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "policy-changed", "flow-refused",
+                    "lease-given", "nic-changed"]
 
 
 class Subscribe(Call, kw_only=True):
@@ -621,8 +629,8 @@ EVENTS: tuple[str, ...] = get_args(EventName)
 
 CALLS: dict[str, type[Call]] = {c.call: c for c in (
     ForwardsAdd, ForwardsRemove, ForwardsReplace, ForwardsList, HostsAdd, HostsRemove, HostsReplace, HostsList,
-    GetStatus, Stages, Statistics, Memory, FlowsList, FlowsClose, CaptureStart, CaptureStop, Policy, Log, CancelNic,
-    StartNic,
+    GetStatus, Stages, Statistics, Memory, FlowsList, FlowsClose, CaptureStart, CaptureStop, PolicyList,
+    PolicyReplace, Log, CancelNic, StartNic,
     StageHold, StageRelease, StageTake, StagePause, StageStep, StageResume, ImpairSet, ImpairClear, ImpairList, EventsList,
     Latency, Dump, Subscribe)}
 
@@ -652,6 +660,10 @@ class HostsChanged(Event, kw_only=True, tag="hosts-changed"):
     owner: str
     added: int
     removed: int
+
+
+class PolicyChanged(Event, kw_only=True, tag="policy-changed"):
+    rules: int  # that hold now
 
 
 class FlowRefused(Event, kw_only=True, tag="flow-refused"):
@@ -685,7 +697,8 @@ class Lost(Event, kw_only=True, tag="lost"):
     count: int
 
 
-AnyEvent = StageChanged | ForwardAdded | ForwardRemoved | HostsChanged | FlowRefused | LeaseGiven | NicChanged | Lost
+AnyEvent = (StageChanged | ForwardAdded | ForwardRemoved | HostsChanged | PolicyChanged | FlowRefused | LeaseGiven
+            | NicChanged | Lost)
 
 
 def event_name(event: Event) -> str:

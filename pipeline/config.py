@@ -10,6 +10,7 @@ import ipaddress
 import os
 import re
 import zlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -17,7 +18,7 @@ from msgspec import Meta, Struct
 
 from pipeline import nic2
 from pipeline.forwards import Auto, Forward, ForwardSyntaxError, Proto, autos, parse_all
-from pipeline.policy import PolicyError, PolicyRule, effective
+from pipeline.policy import PolicyEntry, PolicyError, PolicyRule, effective, entries
 from pipeline.proxies import Plan, ProxyError, chosen, plan
 from pipeline.topology import TOPOLOGY, Feature, Role
 
@@ -259,9 +260,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         """Those of them that follow what the guest listens on. Raises ForwardSyntaxError."""
         return autos({"tcp": self.tcp_ports, "udp": self.udp_ports})
 
-    def policy_rules(self) -> tuple[PolicyRule, ...]:
-        """--policy, --no-metadata and --no-host-loopback as one list. Raises PolicyError."""
-        return effective(self.policy, no_metadata=self.no_metadata, no_host_loopback=self.no_host_loopback,
+    def policy_rules(self, instead: Iterable[str] | None = None) -> tuple[PolicyRule, ...]:
+        """--policy, --no-metadata and --no-host-loopback as one list; instead: of --policy's rules. Raises PolicyError."""
+        return effective(self.policy if instead is None else instead, no_metadata=self.no_metadata, no_host_loopback=self.no_host_loopback,
                          gateway=self.gateway)
 
     def second_nic(self) -> nic2.Nic2 | None:
@@ -549,7 +550,7 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
         "egress": {**seat, "offload": s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
                    "promote": s.promote, "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path,
-                   "seed": s.seed, "policy": s.policy_rules(), "proxy": through},
+                   "seed": s.seed, "policy": entries(s.policy_rules()), "proxy": through},
         "services": {**seat, "prefix": net.prefixlen, "guest4": s.address, "pool_start": first, "pool_end": last,
                      "dns": list(s.dns), "resolv_conf": s.resolv_conf, "search": list(s.search) or [DOMAIN],
                      "domain": DOMAIN, "hosts": s.hosts_table(),

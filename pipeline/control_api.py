@@ -45,6 +45,7 @@ from pipeline.hosts_book import Delta, HostsBook, NotThere
 from pipeline.messages import CloseFlow, FrameFilter, HostsChange, Notices
 from pipeline.seats import SeatError
 from pipeline.second_nic import Nic2Error, SecondNic
+from pipeline.policy import PolicyError
 from pipeline.session_dir import Listening
 from pipeline.supervisor import Session
 
@@ -194,7 +195,8 @@ class ControlApi:
             api.HostsAdd: self._hosts_add, api.HostsRemove: self._hosts_remove,
             api.HostsReplace: self._hosts_replace, api.HostsList: self._hosts_list,
             api.GetStatus: self._status, api.Stages: self._stages, api.Statistics: self._statistics,
-            api.FlowsList: self._flows_list, api.FlowsClose: self._flows_close, api.Policy: self._policy, api.Log: self._log,
+            api.FlowsList: self._flows_list, api.FlowsClose: self._flows_close, api.PolicyList: self._policy_list,
+            api.PolicyReplace: self._policy_replace, api.Log: self._log,
             api.CancelNic: self._cancel, api.Subscribe: self._subscribe, api.StageHold: self._stage_hold,
             api.StageRelease: self._stage_release, api.StageTake: self._stage_take, api.Memory: self._memory,
             api.CaptureStart: self._capture_start, api.CaptureStop: self._capture_stop,
@@ -638,16 +640,34 @@ class ControlApi:
                 parked=f.parked))
         return api.FlowList(flows=found, next=None)
 
-    def _policy(self, client: Client, call: api.Policy, done: Done) -> api.PolicyInfo:
+    def _policy_list(self, client: Client, call: api.PolicyList, done: Done) -> api.PolicyInfo:
         counters = self.session.counters("egress")
         return api.PolicyInfo(
             rules=[api.RuleInfo(rule=r.text, action=r.action, ways=list(r.ways), protos=list(r.protos),
                                 networks=list(r.networks),
                                 ports=[str(a) if a == b else f"{a}-{b}" for a, b in r.ports])
-                   for r in self.session.settings.policy_rules()],
+                   for r in self.session.policy.rules],
             denied_out=counters["drop_policy_out"], denied_in=counters["drop_policy_in"])
 
     # -- doing
+
+    def _policy_replace(self, client: Client, call: api.PolicyReplace, done: Done) -> _Later:
+        before = self.session.policy.rules
+
+        def answered(error: str) -> None:
+            if error:
+                done(ApiError(Code.FAILED, error))
+                return
+            now = self.session.policy.rules
+            done(api.Changed(added=len([r for r in now if r not in before]),
+                             removed=len([r for r in before if r not in now])))
+            self.session.tell(api.PolicyChanged(rules=len(now)))
+
+        try:
+            self.session.change_policy(call.rules, answered)
+        except PolicyError as e:
+            raise ApiError(Code.BAD_ARGS, f"rules: {e}") from None
+        return LATER
 
     def _flows_close(self, client: Client, call: api.FlowsClose, done: Done) -> _Later:
         index, gen = (int(n) for n in call.flow.split("."))

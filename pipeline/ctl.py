@@ -100,7 +100,10 @@ def parser() -> Parser:
     p.add_argument("--proto", choices=["tcp", "udp", "icmp"])
     p = add(commands, "close", close, "end one flow; a TCP connection is reset on both sides")
     p.add_argument("flow", metavar="FLOW", help="as `flows` names it, like 12.3")
-    add(commands, "policy", policy, "what may be called, out and in, and how often that was refused")
+    rules = group("policy", "what may be called, out and in")
+    add(rules, "ls", policy_ls, "the rules that hold, and how often they denied something")
+    p = add(rules, "replace", policy_replace, "other rules instead of those of --policy; all, or none")
+    p.add_argument("rule", nargs="*", metavar="RULE", help="like 'deny out tcp 10.0.0.0/8 port 22' (docs/policy.md)")
     p = add(commands, "hold", hold, "free a stage's seat, to take it by hand (ringnet stage NAME)")
     p.add_argument("stage", metavar="STAGE")
     p = add(commands, "release", release, "let the session fill a held seat again")
@@ -305,13 +308,17 @@ def close(client: Client, args: argparse.Namespace, out: Output) -> None:
     out.show(client.call(api.FlowsClose(flow=args.flow)), None)
 
 
-def policy(client: Client, args: argparse.Namespace, out: Output) -> None:
-    found = client.call(api.Policy())
+def policy_ls(client: Client, args: argparse.Namespace, out: Output) -> None:
+    found = client.call(api.PolicyList())
     rows = [[r.action, ",".join(r.ways), ",".join(r.protos), ",".join(r.networks) or "any", ",".join(r.ports) or "any",
              r.rule] for r in found.rules]
     rows.append(["allow", "out,in", "tcp,udp,icmp", "any", "any", "(what no rule fits)"])
     out.show(found, table(["action", "way", "protocol", "network", "ports", "rule"], rows, frozenset(range(6)))
              + f"\n\ndenied: {found.denied_out} out, {found.denied_in} in")
+
+
+def policy_replace(client: Client, args: argparse.Namespace, out: Output) -> None:
+    _done(out, client.call(api.PolicyReplace(rules=args.rule)), "rule", "rules")
 
 
 def log(client: Client, args: argparse.Namespace, out: Output) -> None:

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from pipeline.config import Ipv4, Mac, Mtu, Plan, PolicyRule
-from pipeline.messages import CloseFlow, ForwardsChange, Notices, Refused, Rule
+from pipeline.config import Ipv4, Mac, Mtu, Plan, PolicyEntry
+from pipeline.messages import CloseFlow, ForwardsChange, Notices, PolicyChange, Refused, Rule
 from pipeline.stage import Ended, StageContext, StageError
 from shm._dataplane import ffi, lib
 
@@ -40,7 +40,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     prefix: Annotated[int, Meta(ge=1, le=30)]  # of the guest's subnet
     forward_as_gateway: bool = False  # clients of forwards appear as the gateway
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0  # not 0: ISNs and ids are repeatable
-    policy: tuple[PolicyRule, ...] = ()  # the first that fits decides
+    policy: tuple[PolicyEntry, ...] = ()  # the first that fits decides
     proxy: Plan | None = None  # hosts are addresses
 
 
@@ -102,17 +102,11 @@ def set_proxy(stage: Any, plan: Plan, names: tuple[Any, int] | None) -> None:
         must(lib.stage_egress_bypass_name(stage, name.encode()))
 
 
-def set_policy(stage: Any, rules: tuple[PolicyRule, ...]) -> None:
-    """Tell the data plane what is allowed. Raises StageError."""
-    ways = {"out": lib.POLICY_OUT, "in": lib.POLICY_IN}
-    protos = {"tcp": lib.POLICY_TCP, "udp": lib.POLICY_UDP, "icmp": lib.POLICY_ICMP}
-    entries = [{"net": net.network_address.packed, "prefix": net.prefixlen, "port_min": low, "port_max": high,
-                "ways": sum(ways[w] for w in rule.ways), "protos": sum(protos[p] for p in rule.protos),
-                "deny": rule.action == "deny", "name": name}
-               for name, rule in enumerate(rules)
-               for net in rule.wire() or [ipaddress.IPv6Network("::/0")]
-               for low, high in rule.ports or [(0, 65535)]]
-    rc = lib.stage_egress_policy(stage, ffi.new("struct policy_rule[]", entries) if entries else ffi.NULL, len(entries))
+def set_policy(stage: Any, entries: tuple[PolicyEntry, ...]) -> None:
+    """Tell the data plane what is allowed. Raises StageError; then it is as before."""
+    rules = [{"net": e.net, "prefix": e.prefix, "port_min": e.port_min, "port_max": e.port_max, "ways": e.ways,
+              "protos": e.protos, "deny": e.deny, "name": e.name} for e in entries]
+    rc = lib.stage_egress_policy(stage, ffi.new("struct policy_rule[]", rules) if rules else ffi.NULL, len(rules))
     if rc < 0:
         raise StageError(f"policy: {os.strerror(-rc)} ({len(entries)} entries, at most {lib.POLICY_RULES_MAX})")
 
@@ -128,7 +122,7 @@ def _address(raw: bytes) -> str:
     return str(address.ipv4_mapped or address)
 
 
-def refusals(stage: Any, rules: tuple[PolicyRule, ...] = ()) -> list[Refused]:
+def refusals(stage: Any) -> list[Refused]:
     """What the data plane kept of flows it did not make, oldest first."""
     found = []
     r = ffi.new("struct egress_refusal *")
@@ -137,7 +131,7 @@ def refusals(stage: Any, rules: tuple[PolicyRule, ...] = ()) -> list[Refused]:
             proto=PROTO.get(r.proto, str(r.proto)), guest=_address(bytes(r.guest)), guest_port=r.guest_port,
             peer=_address(bytes(r.peer)), peer_port=r.peer_port,
             reason=DENIED if r.rule >= 0 else REASONS.get(r.error) or os.strerror(r.error),
-            rule=rules[r.rule].text if 0 <= r.rule < len(rules) else "", lost=r.lost))
+            rule=r.rule, lost=r.lost))
     return found
 
 
@@ -191,7 +185,15 @@ def _handle(ctx: StageContext) -> None:
         lib.stage_egress_notices(ctx.stage, int(ask.on))
         return ""
 
-    ctx.handlers |= {CloseFlow: close_flow, Notices: notices, ForwardsChange: Forwards(ctx.stage).change}
+    def policy(ask: PolicyChange, _fds: list[int]) -> str:
+        try:
+            set_policy(ctx.stage, ask.entries)
+        except StageError as e:
+            return str(e)
+        return ""
+
+    ctx.handlers |= {CloseFlow: close_flow, Notices: notices, ForwardsChange: Forwards(ctx.stage).change,
+                     PolicyChange: policy}
 
 
 def init(cfg: Config, ctx: StageContext) -> None:
@@ -217,7 +219,7 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
     init(cfg, ctx)
 
     def tell() -> None:
-        for refused in refusals(ctx.stage, cfg.policy):
+        for refused in refusals(ctx.stage):
             ctx.notice(refused)
 
     return ctx.run_loop(tell)

@@ -39,7 +39,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from pipeline.config import Impair
+from pipeline.config import Impair, PolicyEntry
 
 VERSION = 1  # of this file; supervisor and stage are one build, so they must be equal
 PACKET_MAX = 65536  # bytes of one message
@@ -205,6 +205,12 @@ class LinkChange(Ask, kw_only=True):
         return int(self.present)
 
 
+class PolicyChange(Ask, kw_only=True):
+    """These rules from now on, instead of any before."""
+
+    entries: tuple[PolicyEntry, ...]
+
+
 class LogLevel(Ask, kw_only=True):
     """How much the stage says on standard error: a level of logging."""
 
@@ -304,13 +310,13 @@ class Refused(Message):
     peer: str  # as the guest calls it
     peer_port: int
     reason: str
-    rule: str = ""  # of the policy, if that was the reason
+    rule: int = -1  # of the policy (PolicyEntry.name), if that was the reason
     lost: int = 0
 
 
 FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused | LinkBroken
-ToStage = (Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | LogLevel | Notices
-           | Capture | CaptureEnd | Nic2Dhcp | Pace | Wire | LinkChange)
+ToStage = (Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | PolicyChange | LogLevel
+           | Notices | Capture | CaptureEnd | Nic2Dhcp | Pace | Wire | LinkChange)
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()

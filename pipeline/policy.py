@@ -61,6 +61,56 @@ class PolicyRule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return found
 
 
+class PolicyEntry(Struct, frozen=True, array_like=True):
+    """One network and one range of ports of a rule, as egress is told (struct policy_rule, csrc/policy.h). Small: all of them
+    fit one message."""
+
+    name: Annotated[int, Meta(ge=0, lt=1 << 31)]  # the rule's, in refusals
+    deny: bool
+    ways: Annotated[int, Meta(ge=1, le=3)]  # bits: WAYS
+    protos: Annotated[int, Meta(ge=1, le=7)]  # bits: PROTOS
+    net: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    prefix: Annotated[int, Meta(ge=0, le=128)]
+    port_min: Port
+    port_max: Port
+
+
+def entries(rules: Iterable[PolicyRule], first: int = 0) -> tuple[PolicyEntry, ...]:
+    """Rules for egress, which calls them first, first + 1 ..."""
+    return tuple(PolicyEntry(name, rule.action == "deny", sum(1 << WAYS.index(w) for w in rule.ways),
+                             sum(1 << PROTOS.index(p) for p in rule.protos), net.network_address.packed, net.prefixlen,
+                             low, high)
+                 for name, rule in enumerate(rules, first)
+                 for net in rule.wire() or [ipaddress.IPv6Network("::/0")]
+                 for low, high in rule.ports or [(0, 65535)])
+
+
+class PolicyBook:
+    """A session's rules as they are, and the names that egress has for them."""
+
+    def __init__(self, rules: tuple[PolicyRule, ...]) -> None:
+        self.rules, self.first = rules, 0
+        self._before: dict[int, str] = {}  # names of the rules before these: a refusal may still be on its way
+        self._next = len(rules)
+
+    def entries(self) -> tuple[PolicyEntry, ...]:
+        return entries(self.rules, self.first)
+
+    def plan(self, rules: tuple[PolicyRule, ...]) -> tuple[int, tuple[PolicyEntry, ...]]:
+        """What egress is to be told, and what commit() then needs."""
+        first, self._next = self._next, self._next + len(rules)
+        return first, entries(rules, first)
+
+    def commit(self, rules: tuple[PolicyRule, ...], first: int) -> None:
+        self._before = {self.first + n: r.text for n, r in enumerate(self.rules)}
+        self.rules, self.first = rules, first
+
+    def text(self, name: int) -> str:
+        """The rule that egress calls so; "" if there is none."""
+        n = name - self.first
+        return self.rules[n].text if 0 <= n < len(self.rules) else self._before.get(name, "")
+
+
 def _ports(text: str, part: str) -> tuple[tuple[int, int], ...]:
     found = []
     for piece in part.split(","):

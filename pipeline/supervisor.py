@@ -39,6 +39,7 @@ from pipeline.config import ConfigError, LinkKind, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
 from pipeline.listeners import Change, Listeners
 from pipeline.messages import (
+    PACKET_MAX,
     VERSION,
     Answer,
     Ask,
@@ -59,12 +60,15 @@ from pipeline.messages import (
     Message,
     MessageError,
     Ping,
+    PolicyChange,
     Pong,
     Ready,
     Refused,
     Running,
     Start,
+    encode,
 )
+from pipeline.policy import PolicyBook
 from pipeline.seats import Seats
 from pipeline.sockets import widen
 from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
@@ -309,6 +313,7 @@ class Session:
         self._asked = 0
         self._follower: Follower | None = None
         self._configs: dict[str, dict[str, Any]] = {}
+        self.policy = PolicyBook(settings.policy_rules())
         self._level: Level | None = None  # set while it runs
         self.impairments = {i.place: (text, i) for text, i in zip(settings.impair, settings.impairments(), strict=True)}
         self.seats = Seats(self, settings.hold, settings.restarts)
@@ -454,7 +459,7 @@ class Session:
             elif isinstance(message, Refused):
                 self.tell(api.FlowRefused(proto=message.proto, guest=message.guest, guest_port=message.guest_port,
                                           peer=message.peer, peer_port=message.peer_port, reason=message.reason,
-                                          rule=message.rule),
+                                          rule=self.policy.text(message.rule)),
                           lost=message.lost)
             elif isinstance(message, LinkBroken):
                 if child.state is State.RUNNING:
@@ -666,6 +671,20 @@ class Session:
         change = self._listeners.prepare(add, remove)
         self._apply(change, close_flows=close_flows)
         return change.forwards
+
+    def change_policy(self, rules: Iterable[str], then: Callable[[str], None]) -> None:
+        """Other rules instead of those of --policy, for what begins from now on; `then` gets "" when it is so, or why not.
+        Raises PolicyError: nothing is asked then."""
+        found = self.settings.policy_rules(rules)
+        first, entries = self.policy.plan(found)
+
+        def answered(error: str) -> None:
+            if not error:
+                self.policy.commit(found, first)
+                self._configs["egress"]["policy"] = self.policy.entries()  # for a successor
+            then(error)
+
+        self.ask("egress", PolicyChange(entries=entries), answered)
 
     def _bind_forwards(self) -> Change:
         """The sockets of -t and -u, early: who may not have them shall not have to wait. Raises SessionError."""
@@ -996,14 +1015,17 @@ class Session:
             grants.append((f"bell:{row}", self._bells[row]))
         grants += [(extra, self._extras[extra]) for extra in decl.fds if extra in self._extras]
         child.state = State.CONFIGURED
-        self._send(child, Configure(
+        message = Configure(
             version=VERSION, stage=name, row=child.row, generation=child.generation,
             session_size=mem.session.size, arena_size=mem.arena.size, has_part=bool(decl.small or decl.large),
             flows_size=mem.flows.size if decl.flows else 0, names_size=mem.names.size if decl.names else 0,
             names_write=decl.names == "write", inputs=tuple(inputs), outputs=tuple(outputs),
             fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
-            impair=tuple(i for _, i in self.impairments.values() if i.stage == name),
-        ), [fd for _, fd in grants])
+            impair=tuple(i for _, i in self.impairments.values() if i.stage == name))
+        if (size := len(encode(message))) > PACKET_MAX:  # long lists of --policy and --no-proxy
+            self._fail(child, f"its settings take {size} bytes, at most {PACKET_MAX}: make lists of options shorter")
+            return
+        self._send(child, message, [fd for _, fd in grants])
 
     def ping(self, name: str, seq: int) -> None:
         """Ask a stage for a Pong; child(name).pongs is then seq."""

@@ -23,8 +23,9 @@ from pipeline import api
 from pipeline.config import make
 from pipeline.control_api import ControlApi
 from pipeline.forwards import Fault, Forward, ForwardError
-from pipeline.messages import Ask, CloseFlow, HostsChange
+from pipeline.messages import Ask, CloseFlow, HostsChange, PolicyChange
 from pipeline.seats import SeatError
+from pipeline.policy import PolicyBook
 from pipeline.services.hosts import HostsTable
 from pipeline.supervisor import Child, Link
 from pipeline.topology import TOPOLOGY, Feature
@@ -60,6 +61,7 @@ class FakeSeats:
 class FakeSession:
     def __init__(self, **settings: Any) -> None:
         self.settings = make(settings)
+        self.policy = PolicyBook(self.settings.policy_rules())
         self.topology = TOPOLOGY.only(frozenset({Feature.NIC1}))
         self.children = [Child(s, row) for row, s in enumerate(self.topology.stages)]
         self.link = Link(fd=-1, kind="dgram", vnet=False)
@@ -127,6 +129,17 @@ class FakeSession:
 
     def set_log_level(self, level: str) -> None:
         self.level = level
+
+    def change_policy(self, rules: Iterable[str], then: Callable[[str], None]) -> None:
+        found = self.settings.policy_rules(rules)
+        first, told = self.policy.plan(found)
+
+        def answered(error: str) -> None:
+            if not error:
+                self.policy.commit(found, first)
+            then(error)
+
+        self.ask("egress", PolicyChange(entries=told), answered)
 
     def forwards(self) -> list[Forward]:
         return sorted(self.held.values(), key=lambda f: (f.proto, f.host_port))

@@ -38,6 +38,7 @@ from scapy.packet import Packet
 
 from pipeline.config import Plan, make
 from pipeline.egress import set_policy, set_proxy
+from pipeline.policy import entries
 from pipeline.policy import parse_all as parse_policy
 from pipeline.supervisor import Link, Session
 from shm._dataplane import ffi, lib
@@ -383,7 +384,7 @@ class EgressOnly(Guest):
         self.names = self._with.enter_context(Names.create())
         if proxy is not None:
             set_proxy(s, proxy, (self.names.mem, self.names.size))
-        set_policy(s, parse_policy(policy))
+        set_policy(s, entries(parse_policy(policy)))
         self._parse = ffi.new("struct classify_config *")
         self._parse.gateway4, self._parse.subnet4 = socket.inet_aton(GATEWAY), socket.inet_aton("10.0.2.0")
         self._parse.prefix, self._parse.gateway_mac, self._parse.mtu = 24, mac_bytes(GATEWAY_MAC), mtu

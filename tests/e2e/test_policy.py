@@ -54,11 +54,11 @@ def test_programs_in_the_guest(attach: Callable[..., Attached], host_ns: Netns, 
         s.connect((SERVER, 8080))
         with pytest.raises(ConnectionResetError):
             s.recv(1)
-    said = json.loads(sh(*RINGNET, "ctl", "--api-socket", path, "policy", "--json", env=run_env()).stdout)
+    said = json.loads(sh(*RINGNET, "ctl", "--api-socket", path, "policy", "ls", "--json", env=run_env()).stdout)
     assert [r["rule"] for r in said["rules"]] == ["--no-metadata", rule, "deny out udp,icmp 198.51.100.0/24",
                                                   "deny in tcp 127.0.0.1"]
     assert (said["denied_out"], said["denied_in"]) == (3, 1)
-    assert "denied: 3 out, 1 in" in sh(*RINGNET, "ctl", "--api-socket", path, "policy", env=run_env()).stdout
+    assert "denied: 3 out, 1 in" in sh(*RINGNET, "ctl", "--api-socket", path, "policy", "ls", env=run_env()).stdout
     assert session.process.poll() is None
 
 

@@ -187,6 +187,27 @@ def test_flows_close_log_cancel(server: Server, peer: Peer) -> None:
     assert peer.error("status")[0] == "ending"
 
 
+def test_policy(server: Server, peer: Peer) -> None:
+    other = server.peer()
+    other.result("subscribe", events=["policy-changed"])
+    server.session.asks.clear()
+    assert peer.result("policy.list") == {"rules": [], "denied_out": 0, "denied_in": 0}
+    assert peer.result("policy.replace", rules=["deny out tcp 192.0.2.1 port 22,80-89", "allow in"]) == {
+        "added": 2, "removed": 0}
+    assert other.line()["rules"] == 2
+    assert peer.result("policy.list")["rules"] == [
+        {"rule": "deny out tcp 192.0.2.1 port 22,80-89", "action": "deny", "ways": ["out"], "protos": ["tcp"],
+         "networks": ["192.0.2.1/32"], "ports": ["22", "80-89"]},
+        {"rule": "allow in", "action": "allow", "ways": ["in"], "protos": ["tcp", "udp", "icmp"], "networks": [],
+         "ports": []}]
+    code, text = peer.error("policy.replace", rules=["allow in", "permit"])
+    assert code == "bad-args" and text.startswith("rules: permit: a rule begins with")
+    assert peer.error("policy.replace")[0] == "bad-args"
+    assert peer.result("policy.replace", rules=["allow in"]) == {"added": 0, "removed": 1}
+    assert peer.result("policy.replace", rules=[]) == {"added": 0, "removed": 1}
+    assert peer.result("policy.list")["rules"] == []
+
+
 # --- events ---
 
 

@@ -11,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import ConfigError, load_toml, make, stage_configs
-from pipeline.policy import METADATA, RULES_MAX, PolicyError, PolicyRule, effective, parse, parse_all
+from pipeline.messages import PACKET_MAX, PolicyChange, encode
+from pipeline.policy import (
+    METADATA,
+    PROTOS,
+    RULES_MAX,
+    WAYS,
+    PolicyBook,
+    PolicyError,
+    PolicyRule,
+    effective,
+    entries,
+    parse,
+    parse_all,
+)
 from shm._dataplane import ffi, lib
 from tests.harness import EgressOnly
 
@@ -78,13 +91,29 @@ def test_rules_are_bounded() -> None:
     with pytest.raises(PolicyError, match=f"at most {most}"):
         parse_all([f"deny {many}", "deny"])
     assert lib.POLICY_RULES_MAX == RULES_MAX
+    assert [1 << n for n, _ in enumerate(WAYS)] == [lib.POLICY_OUT, lib.POLICY_IN]
+    assert [1 << n for n, _ in enumerate(PROTOS)] == [lib.POLICY_TCP, lib.POLICY_UDP, lib.POLICY_ICMP]
+    largest = entries(parse_all([f"deny 2001:db8::{n:x} port 65534" for n in range(most)]), (1 << 31) - most)
+    assert len(encode(PolicyChange(seq=1 << 40, entries=largest))) < PACKET_MAX * 3 // 4  # with a Configure around it too
+
+
+def test_a_refusal_names_the_rule_that_held_when_it_was_made() -> None:
+    book = PolicyBook(parse_all(["deny 192.0.2.1", "deny 192.0.2.2"]))
+    assert [book.text(n) for n in (-1, 0, 1, 2)] == ["", "deny 192.0.2.1", "deny 192.0.2.2", ""]
+    refused, _ = book.plan(parse_all(["deny 192.0.2.9"]))  # egress said no to this one
+    later = parse_all(["deny 192.0.2.3"])
+    first, told = book.plan(later)
+    assert first > refused and [e.name for e in told] == [first]
+    book.commit(later, first)
+    assert [book.text(n) for n in (0, 1, first, first + 1)] == ["deny 192.0.2.1", "deny 192.0.2.2", "deny 192.0.2.3", ""]
+    assert book.entries() == told
 
 
 def test_the_switches_come_first_and_are_rules_of_egress(tmp_path: Path) -> None:
     s = make({"no-metadata": True, "no-host-loopback": True, "policy": ["allow", "deny out 192.0.2.0/24"]})
     texts = [r.text for r in s.policy_rules()]
     assert texts == ["--no-host-loopback", "--no-metadata", "allow", "deny out 192.0.2.0/24"]
-    assert stage_configs(s, link_kind="dgram", vnet=False)["egress"]["policy"] == s.policy_rules()
+    assert stage_configs(s, link_kind="dgram", vnet=False)["egress"]["policy"] == entries(s.policy_rules())
     assert make({}).policy_rules() == ()
     file = tmp_path / "c.toml"
     file.write_text('policy = ["deny out tcp any port 25"]\nno-metadata = true\n')
