@@ -216,19 +216,27 @@ class GuestEnd:
             opts += b"\x01\x01\x04\x02"
         self.world.send(self, SYN, p.isn, 0, min(p.space, 65535), b"", opts)
 
+    def _options(self) -> bytes:
+        """SACK, if there is something to tell."""
+        if not self.agreed_sack or not self.early:
+            return b""
+        blocks: list[list[int]] = []
+        for off in sorted(diff(s, self.rcv_nxt) for s in self.early):
+            end = off + len(self.early[add(self.rcv_nxt, off)])
+            if blocks and off <= blocks[-1][1]:
+                blocks[-1][1] = max(blocks[-1][1], end)
+            else:
+                blocks.append([off, end])
+        blocks = blocks[:3]
+        return b"\x01\x01" + struct.pack("!BB", 5, 2 + 8 * len(blocks)) + b"".join(
+            struct.pack("!II", add(self.rcv_nxt, a), add(self.rcv_nxt, b)) for a, b in blocks)
+
+    def _most(self) -> int:
+        """Bytes in a segment: options come out of the MSS (RFC 6691 3)."""
+        return max(1, self.mss - len(self._options()))
+
     def segment(self, flags: int, seq: int, data: bytes = b"") -> None:
-        opts = b""
-        if self.agreed_sack and self.early and not flags & RST:
-            blocks: list[list[int]] = []
-            for off in sorted(diff(s, self.rcv_nxt) for s in self.early):
-                end = off + len(self.early[add(self.rcv_nxt, off)])
-                if blocks and off <= blocks[-1][1]:
-                    blocks[-1][1] = max(blocks[-1][1], end)
-                else:
-                    blocks.append([off, end])
-            blocks = blocks[:3]
-            opts = b"\x01\x01" + struct.pack("!BB", 5, 2 + 8 * len(blocks)) + b"".join(
-                struct.pack("!II", add(self.rcv_nxt, a), add(self.rcv_nxt, b)) for a, b in blocks)
+        opts = b"" if flags & RST else self._options()
         self.ack_due = False
         self.world.send(self, flags, seq, self.rcv_nxt, 0 if flags & RST else self.window(), data, opts)
 
@@ -239,7 +247,7 @@ class GuestEnd:
         end = add(self.plan.isn, 1 + len(self.out))
         while diff(end, self.nxt) > 0:
             room = diff(self.edge, self.nxt)
-            n = min(self.mss, diff(end, self.nxt), room)
+            n = min(self._most(), diff(end, self.nxt), room)
             if n <= 0:
                 break
             at = diff(self.nxt, add(self.plan.isn, 1))
@@ -290,7 +298,7 @@ class GuestEnd:
                 self._sent()
         else:  # back to the first byte that is not acknowledged; one segment, the rest when its ACK comes
             self.nxt = self.una
-            n = min(self.mss, diff(end, self.nxt))
+            n = min(self._most(), diff(end, self.nxt))
             if n > 0:
                 at = diff(self.nxt, add(self.plan.isn, 1))
                 self.segment(ACK, self.nxt, bytes(self.out[at:at + n]))
@@ -357,7 +365,7 @@ class GuestEnd:
             if self.dupacks == 3:  # fast retransmit (RFC 5681 3.2)
                 at = diff(self.una, add(self.plan.isn, 1))
                 if 0 <= at < len(self.out):
-                    self.segment(ACK, self.una, bytes(self.out[at:at + self.mss]))
+                    self.segment(ACK, self.una, bytes(self.out[at:at + self._most()]))
         if diff(edge, self.edge) > 0:
             self.edge = edge
         self._data(seq, data, bool(flags & FIN))
@@ -879,6 +887,8 @@ def run_seed(seed: int) -> Done:
         world.run()
     except AssertionError as e:  # a Mismatch, or one of the harness's own checks
         failures.append(f"seed {seed}: {e}")
+    except Exception as e:
+        raise RuntimeError(f"seed {seed}: the harness itself failed") from e
     return Done(1, len(world.spec.plans), world.bytes, world.frames["lost"], (world.now - START) / 1e9, failures)
 
 
