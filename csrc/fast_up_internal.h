@@ -50,7 +50,7 @@ struct fast_up {
 	uint16_t ip_id;
 	struct udp_batch *udp; /* fast_udp_up.c */
 	uint8_t reset; /* 1: egress is still to be told that this is a new process */
-	uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN];
+	alignas(4) uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN];
 };
 
 /* fast_udp_up.c */
