@@ -30,7 +30,7 @@ struct rn_link {
 	int kind;	 /* enum rn_link_kind */
 	int vnet;	 /* 1: 12-byte virtio-net header on every frame */
 	uint32_t frame_max; /* largest Ethernet frame either way, bytes */
-	int merge;	 /* 1: a reader may be given super-frames made of TCP segments that came together (streams without headers) */
+	int merge;	 /* 1: a reader may be given super-frames made of TCP segments that came together (sockets without headers) */
 	struct rn_link_state *state; /* from rn_link_open(). NULL is enough for plain frames on a tap or datagram link */
 };
 

@@ -13,14 +13,19 @@
 /* and behind it there must be room for the largest frame, in the smallest segments. */
 #define RN_LINK_OUT (512u * 1024)
 #define RN_LINK_LEN 4u /* bytes of a record's length */
+#define RN_LINK_BURST 64u /* datagrams a recvmmsg, where segments may be merged, */
+#define RN_LINK_BURST_FRAME 9216u /* and frames are at most so long: beyond that merging saves little */
 _Static_assert(RN_LINK_HIGH + RN_LINK_SMALL + RN_FRAME_MAX + RN_GSO_SEGS_MAX * (RN_LINK_LEN + 134u) <= RN_LINK_OUT,
 	       "what a frame becomes always fits behind what is held");
 _Static_assert(RN_LINK_IN >= 2 * (RN_LINK_LEN + RN_LINK_WORD_MAX), "a record fits, wherever it begins");
 
 /* Records are as on a stream's wire: 4 bytes of length, then the frame (with its header if the link has one). */
 struct rn_link_state {
-	uint8_t *in; /* stream only: read, and not yet handed on, are [in_at, in_fill) */
+	/* Read, and not yet handed on: bytes of a stream [in_at, in_fill); or slots [in_at, in_fill) of a burst of datagrams,
+	 * whose true lengths are in in_len. */
+	uint8_t *in;
 	uint32_t in_at, in_fill;
+	uint32_t in_len[RN_LINK_BURST];
 	uint32_t skip;	  /* bytes to come that belong to a frame nobody wants */
 	int skip_says;	  /* and what to say of it */
 	uint8_t *out;	  /* records from out_at to out_fill are held; a packet link's out_at is where one begins */
@@ -51,6 +56,9 @@ static inline uint32_t rn_link_read_limit(const struct rn_link *l)
 {
 	return (l->vnet || l->merge) && l->frame_max < RN_FRAME_MAX ? RN_FRAME_MAX : l->frame_max;
 }
+
+/* rn_link_burst.c: as rn_link_read(), but 0 may be an empty datagram. */
+int64_t rn_link_burst_read(const struct rn_link *l, uint8_t *vnet_then_frame);
 
 /* rn_link_segments.c: frames to be finished, on a link that takes one a system call. */
 int rn_link_segments_write(const struct rn_link *l, const uint8_t *vnet_then_frame, uint32_t len);

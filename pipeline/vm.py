@@ -118,6 +118,8 @@ class Vm:
                 link = Link(fd=o.fd, kind=self.kind, vnet=o.vnet_hdr or self.kind == "tap", name=o.type)
                 self.session = Session(s, link=link, nic2=nic2, log=say if s.debug else None, warn=say, name=s.session or str(os.getpid()))
                 self.session.on_link_end = self._left
+                if self.kind == "stream":
+                    self.session.seats.listeners.append(self._seated)
                 self.session.watch(signals.fileno(), self._signalled)
                 if o.exit_fd >= 0:
                     self._watch_exit_fd()
@@ -192,6 +194,11 @@ class Vm:
         self.session.set_link()
         self.door.renew()
         self._wait()
+
+    def _seated(self, stage: str) -> None:
+        """A stage has a successor. Where in a stream it stands only its predecessor knew: perhaps within a frame."""
+        if stage in ("guest_tx", "guest_rx") and any(self.session.counters(stage)[c] for c in ("frames_in", "frames_out")):
+            self._left(f"{stage} was replaced, and a stream cannot be gone on with", Exit.RUNTIME)
 
     def _watch_exit_fd(self) -> None:
         fd = self.options.exit_fd

@@ -365,17 +365,30 @@ def plain(frames: list[bytes]) -> list[bytes]:
     return [f[:18] + f[20:24] + f[26:] for f in frames]
 
 
-def test_segments_of_a_connection_become_one_frame() -> None:
+BOTH = pytest.mark.parametrize("kind", [lib.RN_LINK_STREAM, lib.RN_LINK_DGRAM], ids=["stream", "dgram"])
+
+
+def put(v: Vm, frames: list[bytes]) -> None:
+    """As the guest: in one write, or a datagram each."""
+    if v.options["kind"] == lib.RN_LINK_STREAM:
+        v.vm.sendall(b"".join(map(record, frames)))
+    else:
+        for f in frames:
+            v.vm.send(f)
+
+
+@BOTH
+def test_segments_of_a_connection_become_one_frame(kind: int) -> None:
     rng = random.Random(3)
     payload = rng.randbytes(100_000)
     sent = [tcp(0xFFFF0000 + at, payload[at:at + 1448], ident=at & 0xFFFF, options=b"\1\1\x08\x0a" + b"time" + b"echo")
             for at in range(0, len(payload), 1448)]
-    with Vm(merge=True) as v:
-        v.vm.sendall(b"".join(map(record, sent)))
+    with Vm(merge=True, kind=kind) as v:
+        put(v, sent)
         got = v.from_guest(headers=True)
-        assert len(got) == 2 and all(len(d) <= 12 + FRAME_MAX for d in got)  # 64 KiB each at most
+        assert len(got) == (2 if kind == lib.RN_LINK_STREAM else 3) and all(len(d) <= 12 + FRAME_MAX for d in got)  # 64 KiB each at most
         assert recut(got) == plain(sent)
-        assert count(v.tx, "frames_in") == count(v.tx, "frames_out") == 2
+        assert count(v.tx, "frames_in") == count(v.tx, "frames_out") == len(got)
 
 
 def test_no_segments_are_merged_unless_asked(vm: Vm) -> None:
@@ -404,19 +417,31 @@ FIRST = tcp(1, b"a" * 100)
     frame(60),
 ], ids=["port", "gap", "again", "longer", "empty", "fin", "syn", "rst", "urg", "ece", "no-ack", "options", "ack-number", "window",
         "checksum-field", "damaged", "ip-checksum", "ttl", "ecn", "fragment", "padded", "mac", "other"])
-def test_what_is_not_the_next_segment_stays_by_itself(second: bytes) -> None:
-    with Vm(merge=True) as v:
-        for pair_ in ((FIRST, second), (second, FIRST)):
-            v.vm.sendall(b"".join(map(record, pair_)))
-            assert v.from_guest() == list(pair_)
+@BOTH
+def test_what_is_not_the_next_segment_stays_by_itself(kind: int, second: bytes) -> None:
+    with Vm(merge=True, kind=kind) as v:
+        for pair_ in ([FIRST, second], [second, FIRST]):
+            put(v, pair_)
+            assert v.from_guest() == pair_
 
 
-def test_a_short_segment_is_the_last() -> None:
+@BOTH
+def test_a_short_segment_is_the_last(kind: int) -> None:
     sent = [tcp(1, b"a" * 100), tcp(101, b"b" * 40), tcp(141, b"c" * 100), tcp(241, b"d" * 100)]
-    with Vm(merge=True) as v:
-        v.vm.sendall(b"".join(map(record, sent)))
+    with Vm(merge=True, kind=kind) as v:
+        put(v, sent)
         got = v.from_guest(headers=True)
         assert [len(d) - 12 for d in got] == [54 + 140, 54 + 200] and recut(got) == plain(sent)
+
+
+@BOTH
+def test_wrong_sizes_among_segments(kind: int) -> None:
+    """Counted as ever; what stands around them is not merged over them."""
+    sent = [tcp(1, b"a" * 100), tcp(101, b"b" * 100), frame(MTU_FRAME + 1), tcp(201, b"c" * 100), frame(13), tcp(301, b"d" * 100)]
+    with Vm(merge=True, kind=kind) as v:
+        put(v, sent)
+        assert recut(v.from_guest(headers=True)) == plain([s for s in sent if 14 <= len(s) <= MTU_FRAME])
+        assert (count(v.tx, "drop_oversize"), count(v.tx, "drop_runt")) == (1, 1)
 
 
 @pytest.mark.parametrize("seed", range(4))
