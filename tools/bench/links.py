@@ -19,6 +19,7 @@ from typing import Any
 from bench.lab import LabError
 from bench.load import HERE, REPO, compiled
 from bench.report import number, table
+from pipeline.sockets import widen
 
 MODES = {"tcp-down": "tcp down, Gbit/s", "tcp-up": "tcp up, Gbit/s", "udp-up": "udp up, Gbit/s",
          "udp-small": "60-byte frames up, thousand/s"}
@@ -59,12 +60,17 @@ def _ringnet(log: Path, mtu: int, options: list[str], fds: tuple[int, ...]) -> s
     return process
 
 
+def pair(kind: int) -> tuple[socket.socket, socket.socket]:
+    """With the buffers that ringnet gives its sockets: passt drops what does not fit at once."""
+    made = socket.socketpair(socket.AF_UNIX, kind)
+    for s in made:
+        widen(s)
+    return made
+
+
 @contextmanager
 def ringnet_dgram(tmp: Path, mtu: int) -> Iterator[tuple[str, socket.socket]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    for s in (ours, theirs):
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            s.setsockopt(socket.SOL_SOCKET, option, 8 << 20)
+    ours, theirs = pair(socket.SOCK_DGRAM)
     with ours, theirs:
         process = _ringnet(tmp / "log", mtu, ["--type", "fd", "--fd", str(theirs.fileno())], (theirs.fileno(),))
         with ended(process):
@@ -76,13 +82,14 @@ def ringnet_stream(tmp: Path, mtu: int) -> Iterator[tuple[str, socket.socket]]:
     path = tmp / "net.sock"
     with ended(_ringnet(tmp / "log", mtu, ["--type", "qemu-stream", "--socket", str(path)], ())), socket.socket(
             socket.AF_UNIX) as s:
+        widen(s)
         s.connect(str(path))
         yield "stream", s
 
 
 @contextmanager
 def passt_stream(tmp: Path, mtu: int) -> Iterator[tuple[str, socket.socket]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours, theirs = pair(socket.SOCK_STREAM)
     argv = ["passt", "-f", "-q", "-F", str(theirs.fileno()), "-m", str(mtu), "-a", "10.0.2.2", "-n", "24", "-g", "10.0.2.1",
             "--no-dhcpv6", "--no-ndp", "--no-ra", "--runas", f"{os.getuid()}:{os.getgid()}"]
     with ours, theirs, open(tmp / "log", "wb") as out:

@@ -4,8 +4,8 @@
  *   MODE  tcp-down, tcp-up: one connection to a server on the host, which this program forks too
  *         udp-up: datagrams of MTU size, as many as the link takes; udp-small: 18 bytes each, 60-byte frames
  *
- * Nothing of what is measured is in it: its own TCP (no loss on such a link, hence nothing but a restart after a second
- * without progress), frames of zeros so that checksums cost it next to nothing. The server is at 127.0.0.1, which ringnet
+ * Nothing of what is measured is in it: its own TCP (goes back to what is not acknowledged after three duplicate ACKs, or 200 ms
+ * without progress, as Linux would), frames of zeros so that checksums cost it next to nothing. The server is at 127.0.0.1, which ringnet
  * and passt both reach by the gateway's address. Prints one line of JSON: frames and bytes that arrived, and the time.
  */
 #include <arpa/inet.h>
@@ -39,6 +39,7 @@ static struct {
 	uint16_t port;
 	uint32_t snd_una, snd_nxt, rcv_nxt, wnd, shift;
 	int ack_due;
+	uint32_t dups, recover; /* duplicate ACKs; no second going back before this is acknowledged */
 	uint64_t bytes_down, frames_in, frames_out;
 	double progress; /* when snd_una last moved */
 	/* outgoing: what the link has not taken is [out_at, out_fill) */
@@ -237,6 +238,14 @@ static void tcp_in(const uint8_t *t, uint32_t len)
 	if ((int32_t)(ack - g.snd_una) > 0) {
 		g.snd_una = ack;
 		g.progress = now();
+		g.dups = 0;
+		if ((int32_t)(g.snd_nxt - ack) < 0)
+			g.snd_nxt = ack;
+	} else if (ack == g.snd_una && !n && g.snd_nxt != ack && (uint32_t)get16(t + 14) << g.shift == g.wnd && ++g.dups == 3 &&
+		   (int32_t)(ack - g.recover) >= 0) {
+		g.recover = g.snd_nxt;
+		g.snd_nxt = ack;
+		g.progress = now();
 	}
 	g.wnd = (uint32_t)get16(t + 14) << g.shift;
 	if (!n)
@@ -389,7 +398,7 @@ static void work(void)
 			break;
 		g.ack_due = 0;
 	}
-	if (g.established && g.up && g.snd_nxt != g.snd_una && now() - g.progress > 1.0) {
+	if (g.established && g.up && g.snd_nxt != g.snd_una && now() - g.progress > 0.2) {
 		g.snd_nxt = g.snd_una;
 		g.progress = now();
 	}
