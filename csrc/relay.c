@@ -237,7 +237,7 @@ static void refused(struct rn_stage *s, const struct relay_out *r, int err)
 /* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
 static int write_link(struct rn_stage *s, struct relay_out *r, const uint8_t *eth, uint32_t len)
 {
-	int err = fits(r, eth, len) ? rn_link_write(&r->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
+	int err = r->link.fd < 0 ? -ENODEV : fits(r, eth, len) ? rn_link_write(&r->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
 
 	if (err == -EAGAIN)
 		return 0;
@@ -265,9 +265,14 @@ int relay_out_turn(struct rn_stage *s, struct relay_out *r)
 
 		if (RN_UNLIKELY(!b)) {
 			s->c[RN_C_drop_bad_descriptor]++;
-		} else if (!held_by_storm(s, &r->storm, &r->c, eth) && !write_link(s, r, eth, d.len)) {
-			err = wait_writable(s, r);
-			break;
+		} else {
+			rn_tap_frame(s, r->in, r->to_guest ? RN_PCAP_TO_GUEST : RN_PCAP_FROM_GUEST, eth, d.len);
+			if (!held_by_storm(s, &r->storm, &r->c, eth) && !write_link(s, r, eth, d.len)) {
+				rn_tap_undo(s);
+				err = wait_writable(s, r);
+				break;
+			}
+			rn_tap_done(s);
 		}
 		s->c[RN_C_frames_in]++;
 		if (b) {
@@ -308,11 +313,13 @@ static int watch(struct rn_stage *s, struct rn_link *link, uint32_t events, uint
 	int err, flags = fcntl(link->fd, F_GETFL);
 
 	/* One that blocks would stop the stage, and with it every cancel, until the other side does something. */
-	if (flags < 0 || !(flags & O_NONBLOCK))
+	if (link->fd >= 0 && (flags < 0 || !(flags & O_NONBLOCK)))
 		return rn_fail(s, flags < 0 ? -errno : -EINVAL, "second NIC: descriptor %d %s", link->fd,
 			       flags < 0 ? "is not open" : "blocks: set O_NONBLOCK");
 	if (rn_link_open(link))
 		return rn_fail(s, -ENOMEM, "second NIC: out of memory");
+	if (link->fd < 0)
+		return 0;
 	err = rn_stage_watch(s, link->fd, events | EPOLLET, RN_EV(RN_TAG_LINK, index));
 	if (err)
 		rn_link_close(link);
@@ -321,13 +328,54 @@ static int watch(struct rn_stage *s, struct rn_link *link, uint32_t events, uint
 
 int relay_in_watch(struct rn_stage *s, struct relay_in *r)
 {
-	r->readable = 1; /* until it says otherwise: frames may wait already */
+	r->readable = r->link.fd >= 0; /* until it says otherwise: frames may wait already */
+	r->gone = r->link.fd < 0;
 	return watch(s, &r->link, EPOLLIN, r->index);
 }
 
 int relay_out_watch(struct rn_stage *s, struct relay_out *r)
 {
 	return watch(s, &r->link, EPOLLOUT, r->index);
+}
+
+/* Let go of a link that another takes the place of. By hand: others have descriptors of the same socket, so that ours
+ * being closed would not do it. */
+static void unwatch(struct rn_stage *s, struct rn_link *link)
+{
+	if (link->fd >= 0)
+		epoll_ctl(s->epfd, EPOLL_CTL_DEL, link->fd, NULL);
+	rn_link_close(link);
+}
+
+int relay_in_set(struct rn_stage *s, struct relay_in *r, const struct rn_link *link)
+{
+	struct rn_link fresh = *link;
+	int err = relay_link_check(s, link);
+
+	if (!err)
+		err = watch(s, &fresh, EPOLLIN, r->index);
+	if (err)
+		return err;
+	unwatch(s, &r->link);
+	r->link = fresh;
+	r->readable = fresh.fd >= 0;
+	r->gone = fresh.fd < 0;
+	return 0;
+}
+
+int relay_out_set(struct rn_stage *s, struct relay_out *r, const struct rn_link *link)
+{
+	struct rn_link fresh = *link;
+	int err = relay_link_check(s, link);
+
+	if (!err)
+		err = watch(s, &fresh, EPOLLOUT, r->index);
+	if (err)
+		return err;
+	unwatch(s, &r->link);
+	r->link = fresh;
+	r->blocked = 0;
+	return 0;
 }
 
 int relay_watch_both(struct rn_stage *s, struct relay_in *in, struct relay_out *out)

@@ -43,6 +43,7 @@ struct relay_in {
 struct relay_out {
 	struct rn_link link;
 	uint32_t in;
+	int to_guest; /* for captures: 1: towards the guest */
 	uint32_t index;
 	struct rn_storm storm;
 	struct rn_relay_counts c;
@@ -56,6 +57,9 @@ int relay_link_check(struct rn_stage *s, const struct rn_link *link);
  * a link that is read and written by one stage, relay_watch_both() for the two. */
 int relay_in_watch(struct rn_stage *s, struct relay_in *r);
 int relay_out_watch(struct rn_stage *s, struct relay_out *r);
+/* From now on this link instead, its descriptor -1: none. On an error the old one stays. */
+int relay_in_set(struct rn_stage *s, struct relay_in *r, const struct rn_link *link);
+int relay_out_set(struct rn_stage *s, struct relay_out *r, const struct rn_link *link);
 int relay_watch_both(struct rn_stage *s, struct relay_in *in, struct relay_out *out);
 
 /* A bounded batch. Returns frames moved, or a negative errno: fatal. */

@@ -407,9 +407,12 @@ int stage_guest_rx_nic2(struct rn_stage *s, const struct rn_link *link, uint32_t
 		err = rn_fail(s, -EINVAL, "guest_rx: no input from stage row %u for the second NIC", producer_row);
 	if (err)
 		return err;
+	if (g->has_nic2)
+		return relay_out_set(s, &g->nic2, link);
 	g->nic2 = (struct relay_out){
 		.link = *link,
 		.in = i,
+		.to_guest = 1,
 		.index = 1,
 		.c = { .frames = RN_C_nic2_down_frames, .bytes = RN_C_nic2_down_bytes, .down = RN_C_drop_link_down,
 		       .failed = RN_C_drop_link_write, .runt = RN_NCOUNTERS, .oversize = RN_NCOUNTERS,

@@ -12,7 +12,8 @@ int stage_guest_rx_init(struct rn_stage *s, const struct rn_link *link, int pcap
 int stage_guest_rx_link(struct rn_stage *s, const struct rn_link *link);
 /* As stage_guest_tx_broken(): the peer of a socket has left. */
 int stage_guest_rx_broken(struct rn_stage *s);
-/* After it: the guest's second NIC, which takes what the stage of row @producer_row sends, and nothing else. */
+/* After it: the guest's second NIC, which takes what the stage of row @producer_row sends, and nothing else; called
+ * again as stage_guest_tx_nic2(). */
 int stage_guest_rx_nic2(struct rn_stage *s, const struct rn_link *link, uint32_t producer_row);
 /* As stage_guest_tx_promote(). */
 int stage_guest_rx_promote(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_down_config *cfg);

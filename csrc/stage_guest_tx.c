@@ -374,6 +374,8 @@ int stage_guest_tx_nic2(struct rn_stage *s, const struct rn_link *link)
 
 	if (err)
 		return err;
+	if (t->has_nic2)
+		return relay_in_set(s, &t->nic2, link);
 	t->nic2 = (struct relay_in){
 		.link = *link,
 		.role = RN_ROLE_HOSTNET,

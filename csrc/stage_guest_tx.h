@@ -14,7 +14,8 @@ int stage_guest_tx_init(struct rn_stage *s, const struct rn_link *link, int pcap
 int stage_guest_tx_link(struct rn_stage *s, const struct rn_link *link);
 /* Why the link is of no more use, a negative errno, told once; 0: it is of use. */
 int stage_guest_tx_broken(struct rn_stage *s);
-/* After it: the guest's second NIC, whose frames go to output HOSTNET. 0 or a negative errno. */
+/* After it: the guest's second NIC, whose frames go to output HOSTNET; called again: another link of it, or none (-1).
+ * 0 or a negative errno. */
 int stage_guest_tx_nic2(struct rn_stage *s, const struct rn_link *link);
 /* Then, if flows may be promoted: 0, or a negative errno. @flows, mapped read-write, must outlive the stage. */
 int stage_guest_tx_promote(struct rn_stage *s, void *flows, uint64_t flows_size, const struct fast_up_config *cfg);

@@ -144,7 +144,9 @@ def parser() -> Parser:
     vm.add_argument("--socket", metavar="PATH", default="",
                     help="where the machine comes in: a path that is made, or for qemu-stream 127.0.0.1:PORT")
     vm.add_argument("--fd", metavar="N", help="a connected socket, or a tap, instead")
-    vm.add_argument("--nic2-fd", metavar="N", help="the second NIC's socket or tap, with --nic2 (docs/nic2.md)")
+    vm.add_argument("--nic2-socket", metavar="PATH", default="",
+                    help="where the machine's second interface comes in, with --nic2")
+    vm.add_argument("--nic2-fd", metavar="N", help="a connected socket or a tap for it instead (docs/nic2.md)")
     vm.add_argument("-1", "--one-off", action="store_true", help="end with the first machine")
     vm.add_argument("--vnet-hdr", action="store_true",
                     help="each frame on the socket has a 12-byte virtio-net header, and offloads")
@@ -160,6 +162,14 @@ def parser() -> Parser:
                                      description="Print a script that completes ringnet's commands and options:"
                                                  " source <(ringnet completion bash)")
     completion.add_argument("shell", choices=["bash", "zsh"])
+    helper = commands.add_parser("nic2-helper", allow_abbrev=False, help="make a second NIC's host side for a session"
+                                                                          " without rights",
+                                 usage="ringnet nic2-helper --nic2 MODE [--route NET] [--user USER] -- CMD ...",
+                                 description="Run CMD, a ringnet run or attach with --nic2 fd=3, without rights, and make"
+                                             " the host side of its second NIC with ours (docs/nic2.md).")
+    helper.add_argument("--nic2", metavar="MODE", required=True, help="shared, host or bridged,if=NAME, and options")
+    helper.add_argument("--route", metavar="NET", action="append", default=[], help="as of ringnet run; may be repeated")
+    helper.add_argument("--user", metavar="USER", default="", help="run CMD as this user (default: who called sudo)")
     commands.add_parser("stage", help="be a stage of a running session, by hand: stage NAME --session S")
     return top
 
@@ -178,8 +188,8 @@ def main(argv: list[str]) -> int:
         if "--" in argv:
             cut = argv.index("--")
             ours, command = argv[:cut], argv[cut + 1:]
-            if ours[:1] != ["run"]:
-                raise UsageError("ringnet: only run takes a command after -- (see ringnet run --help)")
+            if ours[:1] not in (["run"], ["nic2-helper"]):
+                raise UsageError("ringnet: only run and nic2-helper take a command after -- (see ringnet run --help)")
         if not argv:
             raise UsageError("ringnet: say what to do: run, attach, vm, ctl or demo (see ringnet --help)")
         args = parser().parse_args(ours)
@@ -190,13 +200,19 @@ def main(argv: list[str]) -> int:
             return int(Exit.OK)
         if args.command == "vm":
             options = VmOptions(type=args.type, socket=args.socket, fd=descriptor("fd", args.fd, "vm"),
-                                nic2_fd=descriptor("nic2-fd", args.nic2_fd, "vm"), one_off=args.one_off,
-                                vnet_hdr=args.vnet_hdr,
+                                nic2_fd=descriptor("nic2-fd", args.nic2_fd, "vm"), nic2_socket=args.nic2_socket,
+                                one_off=args.one_off, vnet_hdr=args.vnet_hdr,
                                 ready_fd=descriptor("ready-fd", args.ready_fd, "vm"),
                                 exit_fd=descriptor("exit-fd", args.exit_fd, "vm"))
             from pipeline.vm import vm
 
             return vm(settings_from(args, mtu=TYPES[args.type].mtu), options)
+        if args.command == "nic2-helper":
+            if not command:
+                raise UsageError("ringnet nic2-helper: say what to run, after -- (see ringnet nic2-helper --help)")
+            from pipeline.nic2_helper import main as helper
+
+            return helper(args.nic2, args.route, args.user, command)
         settings = settings_from(args)
         if args.command == "run":
             if args.cmd and command:

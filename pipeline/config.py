@@ -218,8 +218,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     peek: Annotated[str, _opt("how unacknowledged data is read again: auto, offset (SO_PEEK_OFF, Linux 6.9) or discard",
                               "", "HOW", pattern="^(auto|offset|discard)$")] = "auto"
     nic2: Annotated[str, _opt(
-        "a second interface on a network of the host, like shared, host, bridged,if=br0 or socket,path=PATH, and options"
-        " with commas (docs/nic2.md)", "", "MODE")] = ""
+        "a second interface on a network of the host, like shared, host, bridged,if=br0, socket,path=PATH or fd=N, and"
+        " options with commas (docs/nic2.md)", "", "MODE")] = ""
     route: Annotated[tuple[str, ...], _opt(
         "route of the host into the guest by its second interface, like 172.16.0.0/12; may be repeated", "", "NET",
         max_length=nic2.ROUTES_MAX)] = ()
@@ -484,8 +484,9 @@ def _check_nic2(s: Settings) -> None:
         routes = s.nic2_routes()
     except nic2.Nic2SyntaxError as e:
         raise ConfigError(f"--route {e}") from None
-    if second is not None and second.mode == "socket" and routes:
-        raise ConfigError(f"--route {s.route[0]}: the network of a socket is the helper's; make the route there")
+    if second is not None and second.mode in ("socket", "fd") and routes:
+        raise ConfigError(f"--route {s.route[0]}: this network is made by somebody else; make the route there"
+                          " (ringnet nic2-helper has --route too)")
     for n, one in enumerate(routes):
         if any(one.network.overlaps(other.network) for other in routes[:n]):
             raise ConfigError(f"--route {s.route[n]}: overlaps another --route")

@@ -16,9 +16,8 @@ import ipaddress
 from msgspec import Struct
 
 from pipeline.config import Ipv4, LinkKind, Mac, Mtu
-from pipeline.stage import Ended, GuestLink, StageContext, StageError
+from pipeline.stage import Ended, GuestLink, SecondLink, StageContext, StageError
 from shm._dataplane import ffi, lib
-from shm.link import link as make_link
 
 
 class Nic2Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,9 +65,8 @@ def init(cfg: Config, ctx: StageContext) -> GuestLink:
     if lib.stage_guest_tx_init(ctx.stage, link.now, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.nic2 is not None:
-        link2 = make_link(ctx.fds["link2"], kind=cfg.nic2.link_kind, vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max)
-        if lib.stage_guest_tx_nic2(ctx.stage, link2) < 0:
-            raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+        SecondLink(ctx, lambda link2: lib.stage_guest_tx_nic2(ctx.stage, link2), kind=cfg.nic2.link_kind,
+                   vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max)
     if cfg.promote:
         _promote(cfg, ctx)
     return link

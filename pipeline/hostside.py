@@ -26,7 +26,6 @@ import re
 import select
 import shutil
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +37,7 @@ from msgspec import Struct
 
 from pipeline import netlink
 from pipeline.netlink import LinkInfo, NetlinkError
-from pipeline.nic2 import ETHERNET, MTU, SUBNETS, Facts, Nic2, Route, generated_mac, guest_address
+from pipeline.nic2 import MTU, SUBNETS, Facts, Nic2, Route, generated_mac, guest_address
 from shm._dataplane import ffi, lib
 
 LOCK = b"\0ringnet-nic2"
@@ -47,7 +46,7 @@ OURS = "ringnet "  # how an alias of ours begins
 QUEUE = 8192  # frames the kernel keeps for us behind the tap: super-frames of a burst must not be lost there
 FORWARD_MAX = 8  # interfaces named in an alias (256 bytes, linux/if.h)
 NEEDS = ("needs CAP_NET_ADMIN: run as root, or let root make the host side:"
-         " ringnet nic2-helper --nic2 ... -- ringnet run --nic2-fd 3 ...")
+         " sudo ringnet nic2-helper --nic2 {} -- ringnet run --nic2 fd=3 ...")
 _TUNGETIFF = 0x800454D2  # linux/if_tun.h
 
 
@@ -139,6 +138,10 @@ class Mac:
         self._held = _claim(b"\0ringnet-mac-" + self.text.encode())
         return self._held is not None
 
+    def descriptors(self) -> list[int]:
+        """A forked child must close them: a lock held there would outlive us."""
+        return [self._held.fileno()] if self._held is not None else []
+
     def close(self) -> None:
         if self._held is not None:
             self._held.close()
@@ -181,10 +184,13 @@ def _forwarded(bridge: LinkInfo) -> list[str]:
     return next((w.removeprefix("forward=").split(",") for w in _words(bridge) if w.startswith("forward=")), [])
 
 
+def _nft_program() -> str | None:
+    return shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
 def _nft(text: str, what: str) -> str:
     """Raises HostSideError."""
-    program = shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if program is None:
+    if (program := _nft_program()) is None:
         raise HostSideError(f"--nic2: {what} needs the program nft; install the package nftables")
     done = subprocess.run([program, "-f", "-"], input=text, capture_output=True, text=True, timeout=30)
     if done.returncode:
@@ -195,6 +201,14 @@ def _nft(text: str, what: str) -> str:
 
 def _table(bridge: str) -> str:
     return "ringnet_" + bridge.removeprefix("rn-")
+
+
+def _tables() -> set[str]:
+    """Our tables. None where there is no nft to have made them, or no right to look: what is done next says so."""
+    if (program := _nft_program()) is None:
+        return set()
+    listed = subprocess.run([program, "list", "tables", "ip"], capture_output=True, text=True, timeout=30).stdout
+    return set(re.findall(r"(?m)^table ip (ringnet_\S+)$", listed))
 
 
 def tidy() -> None:
@@ -209,6 +223,8 @@ def tidy() -> None:
             _remove_network(bridge, [b for b in bridges if b.index != bridge.index and _ports(links, b)])
 
 
+    for table in _tables() - {_table(b.name) for b in bridges}:  # somebody deleted its bridge
+        _nft(f"delete table ip {table}\n", "removing its table")
     taps = [k for k in links if k.kind == "tun" and _words(k)]
     live = {(k.master, address) for k in taps for address in _guests([k])}
     for route in netlink.routes():
@@ -248,7 +264,7 @@ class LinuxBridge:
                 return self._open()
         except NetlinkError as e:
             self.close()
-            why = f"; {NEEDS}" if e.errno in (errno.EPERM, errno.EACCES) else ""
+            why = f"; {NEEDS.format(self.spec.mode)}" if e.errno in (errno.EPERM, errno.EACCES) else ""
             raise HostSideError(f"--nic2 {self.spec.mode}: {e.strerror}{why}") from e
         except BaseException:
             self.close()
@@ -295,7 +311,7 @@ class LinuxBridge:
         failed = ffi.new("int *")
         fd = lib.rn_tap_open(b"rnt%d", failed)
         if fd < 0:
-            why = f"; {NEEDS}" if -fd in (errno.EPERM, errno.EACCES) else ""
+            why = f"; {NEEDS.format(self.spec.mode)}" if -fd in (errno.EPERM, errno.EACCES) else ""
             raise HostSideError(f"--nic2: cannot make a tap: {os.strerror(-fd)}{why}")
         return fd, tap_name(fd)
 
@@ -473,8 +489,3 @@ def _dhcp_socket(bridge: str) -> int:
                             + ("; a server that takes every interface runs here, bind it to its own"
                                if e.errno == errno.EADDRINUSE else "")) from e
     return sock.detach()
-
-
-def backend_for(spec: Nic2, routes: Iterable[Route], mac: str, *, warn: Callable[[str], None]) -> Backend:
-    """Whoever makes such a host side."""
-    return LinuxBridge(spec, routes, mac, warn=warn)

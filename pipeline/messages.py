@@ -211,6 +211,10 @@ class PolicyChange(Ask, kw_only=True):
     entries: tuple[PolicyEntry, ...]
 
 
+class Link2Change(LinkChange, kw_only=True):
+    """The same of the guest's second link."""
+
+
 class LogLevel(Ask, kw_only=True):
     """How much the stage says on standard error: a level of logging."""
 
@@ -316,7 +320,7 @@ class Refused(Message):
 
 FromStage = Hello | Ready | Running | Ended | Failed | Pong | Answer | Leased | Refused | LinkBroken
 ToStage = (Configure | Start | Cancel | Leave | Ping | HostsChange | ForwardsChange | CloseFlow | PolicyChange | LogLevel
-           | Notices | Capture | CaptureEnd | Nic2Dhcp | Pace | Wire | LinkChange)
+           | Notices | Capture | CaptureEnd | Nic2Dhcp | Pace | Wire | LinkChange | Link2Change)
 Any = FromStage | ToStage
 
 _encoder = msgspec.msgpack.Encoder()

@@ -45,7 +45,9 @@ def stage_facts(session: Session) -> list[StageFacts]:
         all_counters = session.counters(name)
         state = "absent"
         if session.memory is not None:
-            state = session.memory.session.cell(child.row).state.name.lower()
+            cell = session.memory.session.cell(child.row)
+            # One that was killed could not say that it ended.
+            state = cell.state.name.lower() if child.alive or not child.pid else child.state.name.lower()
         elif session.result is not None:
             state = "ended"
         counters = {n: v for n, v in all_counters.items() if v}

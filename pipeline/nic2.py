@@ -4,6 +4,7 @@
     host                          a network of the host and its guests, and nobody else
     bridged,if=br0                joined to a bridge of the host, or to an interface (which gets a bridge)
     socket,path=/run/vmnet.sock   a helper that has the network: socket_vmnet, vmnet-helper
+    fd=3                          a descriptor we were started with: a tap, a helper's socket, or nic2-helper's line
 
 and after a comma, any of:
 
@@ -13,6 +14,7 @@ and after a comma, any of:
     mac=02:..., mtu=1500          of the guest's interface
     ifname=eth1                   its name in the guest's namespace
     storm=N                       broadcast and multicast frames a second each way; 0: no limit
+    facts=FILE                    where vmnet-helper said the interface's MAC address and MTU (socket)
 """
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 Mode = Literal["shared", "host", "bridged", "socket", "fd"]
-MODES = ("shared", "host", "bridged", "socket")  # those that --nic2 takes; "fd": --nic2-fd alone
+MODES = ("shared", "host", "bridged", "socket", "fd")
 MAC_TEXT = r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}"
 NETWORK_NAME = r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?"  # with "rn-" in front an interface's name
 MTU = 1500  # bytes of L3, where nobody says otherwise
@@ -50,6 +52,8 @@ class Nic2(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     isolate: bool = False
     interface: str = ""  # bridged: of the host
     path: str = ""  # socket
+    facts: str = ""  # socket
+    fd: int = -1  # fd
     mac: str = ""
     mtu: int = 0
     ifname: str = ""
@@ -91,6 +95,8 @@ def frame_max(facts: Facts) -> int:
 def parse(text: str) -> Nic2:
     """Raises Nic2SyntaxError."""
     mode, *words = text.split(",")
+    if mode.startswith("fd="):
+        mode, words = "fd", [mode, *words]
     if mode not in MODES:
         raise Nic2SyntaxError(f"{text}: {mode or 'nothing'} is no mode; there are {', '.join(MODES)}")
     said: dict[str, object] = {"mode": mode}
@@ -102,8 +108,8 @@ def parse(text: str) -> Nic2:
         if word == "isolate":
             said["isolate"] = True
             continue
-        if field not in ("name", "subnet", "interface", "path", "mac", "mtu", "ifname", "storm") or not equals:
-            raise Nic2SyntaxError(f"{text}: {word or 'nothing'} is none of name=, subnet=, isolate, if=, path=, mac=,"
+        if field not in Nic2.__struct_fields__ or field in ("mode", "isolate") or key == "interface" or not equals:
+            raise Nic2SyntaxError(f"{text}: {word or 'nothing'} is none of name=, subnet=, isolate, if=, path=, facts=, mac=,"
                                   " mtu=, ifname=, storm=")
         said[field] = _value(key, value)
     return _check(text, Nic2(**said))  # type: ignore[arg-type]  # each field was checked above
@@ -117,6 +123,8 @@ def _value(key: str, value: str) -> object:
             return str(_host_address(value))
         case "if" | "ifname" if not 0 < len(value.encode()) <= 15 or re.search(r"[/:\s%]", value) or value in (".", ".."):
             raise Nic2SyntaxError(f"{key}={value}: not the name of an interface")
+        case "fd":
+            return _number(key, value, 3, 1 << 20)
         case "path" if not value or len(value.encode()) > 107:  # unix(7)
             raise Nic2SyntaxError(f"path={value}: not the path of a socket")
         case "mac":
@@ -163,13 +171,16 @@ def _host_address(text: str) -> IPv4Interface:
 def _check(text: str, n: Nic2) -> Nic2:
     own = n.mode in ("shared", "host")
     for key, given, fits in (("name=", n.name, own), ("subnet=", n.subnet, own), ("if=", n.interface, n.mode == "bridged"),
-                             ("path=", n.path, n.mode == "socket"), ("isolate", n.isolate, n.mode != "socket")):
+                             ("path=", n.path, n.mode == "socket"), ("facts=", n.facts, n.mode == "socket"),
+                             ("fd=", n.fd >= 0, n.mode == "fd"), ("isolate", n.isolate, own or n.mode == "bridged")):
         if given and not fits:
             raise Nic2SyntaxError(f"{text}: {key} says nothing about mode {n.mode}")
     if n.mode == "bridged" and not n.interface:
         raise Nic2SyntaxError(f"{text}: say which bridge or interface of the host: bridged,if=NAME")
     if n.mode == "socket" and not n.path:
         raise Nic2SyntaxError(f"{text}: say where the helper listens: socket,path=PATH")
+    if n.mode == "fd" and n.fd < 0:
+        raise Nic2SyntaxError(f"{text}: say which descriptor: fd=N")
     if n.mode == "socket" and n.mtu + ETHERNET > PLAIN_FRAME_MAX:
         raise Nic2SyntaxError(f"{text}: mtu={n.mtu}: over {PLAIN_FRAME_MAX - ETHERNET}, the most such a helper carries")
     return n

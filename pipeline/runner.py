@@ -21,7 +21,7 @@ from pipeline import monitor, netlink
 from pipeline.config import LinkKind, Settings
 from pipeline.control_api import ControlApi
 from pipeline.messages import Exit
-from pipeline.hostside import Host, HostSideError, Mac, backend_for
+from pipeline.hostside import Host, HostSideError
 from pipeline.netns import (
     SIGNALS,
     Configured,
@@ -42,6 +42,7 @@ from pipeline.netns import (
     open_target,
 )
 from pipeline.netns import Stopped as CommandStopped
+from pipeline.nic2_backends import backend_for
 from pipeline.second_nic import SecondNic
 from pipeline.session_dir import SessionDirError
 from pipeline.supervisor import Link, Result, Session, SessionError, Signals, describe_status
@@ -170,9 +171,7 @@ class HostSide:
         self.host: Host | None = None
         if self.spec is None:
             return
-        self.mac = mac = Mac(self.spec.mac, settings.session)
-        stack.callback(mac.close)
-        self.backend = backend_for(self.spec, settings.nic2_routes(), mac.text, warn=say)
+        self.backend, self._ours = backend_for(self.spec, settings.nic2_routes(), settings.session, stack, warn=say)
         stack.callback(self.backend.close)
         self.host = self.backend.open()
 
@@ -185,10 +184,8 @@ class HostSide:
     def leave(self) -> None:
         """In a forked child: none of it is the guest's side's business, and a lock held there would outlive us."""
         if self.host is not None:
-            self.mac.close()
-            for fd in (self.host.fd, self.host.dhcp):
-                if fd >= 0:
-                    os.close(fd)
+            for fd in {self.host.fd, self.host.dhcp, *self._ours} - {-1}:
+                os.close(fd)
 
     def second_nic(self, fd: int, kind: LinkKind = "tap", vnet: bool = True) -> SecondNic | None:
         """For the session; fd: the guest's tap, or another link's."""

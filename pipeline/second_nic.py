@@ -91,9 +91,11 @@ class SecondNic:
     def grants(self) -> dict[str, int]:
         """Descriptors of the stages, each ours to close."""
         assert self.host is not None
-        link = os.dup(self.link.fd)
-        os.set_blocking(link, False)
-        return {"link2": link, "bridge": os.dup(self.host.fd)}
+        granted = {"bridge": os.dup(self.host.fd)}
+        if self.link.fd >= 0:  # else a virtual machine's, which comes later (Session.set_second_link())
+            granted["link2"] = os.dup(self.link.fd)
+            os.set_blocking(granted["link2"], False)
+        return granted
 
     def stage_facts(self) -> StageFacts:
         assert self.host is not None

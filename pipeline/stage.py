@@ -39,6 +39,7 @@ from pipeline.messages import (
     Hello,
     Leave,
     LinkBroken,
+    Link2Change,
     LinkChange,
     LogLevel,
     Message,
@@ -345,6 +346,33 @@ class GuestLink:
         else:
             reason = f"the guest's side of the link is closed ({os.strerror(error)})"
         self._ctx.notice(LinkBroken(reason=reason))
+
+
+class SecondLink:
+    """The second NIC's link of a stage that has it (fds: link2): as it is now, and another when the supervisor says so."""
+
+    def __init__(self, ctx: StageContext, change: Callable[[CData], int], *, kind: str, vnet: bool, frame_max: int) -> None:
+        """change: what gives the stage's C half a link. Raises StageError."""
+        self._ctx, self._change = ctx, change
+        self._kind, self._vnet, self._frame_max = kind, vnet, frame_max
+        self._fd = -1
+        if error := self._take(ctx.fds.get("link2", -1)):
+            raise StageError(error)
+        ctx.handlers[Link2Change] = self._handle
+
+    def _take(self, fd: int) -> str:
+        if self._change(link(fd, kind=self._kind, vnet=self._vnet, frame_max=self._frame_max)) < 0:
+            return ffi.string(lib.rn_stage_error(self._ctx.stage)).decode()
+        self._fd = fd
+        return ""
+
+    def _handle(self, ask: Link2Change, fds: list[int]) -> str:
+        before, fd = self._fd, fds[0] if ask.present else -1
+        error = self._take(fd)
+        old = fd if error else before
+        if old >= 0:
+            os.close(old)
+        return error
 
 
 def _receive(channel: Channel) -> tuple[Any, list[int]]:

@@ -55,6 +55,7 @@ from pipeline.messages import (
     Leave,
     Level,
     LinkBroken,
+    Link2Change,
     LinkChange,
     LogLevel,
     Message,
@@ -531,7 +532,7 @@ class Session:
         if child.state is State.VACANT or self._request and child.status == -signal.SIGTERM:
             return  # a SIGTERM: as above, before it had a handler
         if self._is_optional(child):
-            if was is not State.CANCELLED:
+            if was is not State.CANCELLED and not self._stopping and not self.ending:
                 self._optional_failed(child, f"stage {child.decl.name} ended: {self._how(child)}")
         elif was is State.ENDED and child.said is not None and not self._request and not self._stopping:
             code = Exit.STAGE_FAILED if isinstance(child.said, Failed) else Exit.STAGE_DIED
@@ -943,6 +944,20 @@ class Session:
                 if fd >= 0 and not self.ending:
                     self.set_link()
                 raise SessionError(Exit.RUNTIME, f"stage {child.decl.name} cannot take the guest's link: {error}")
+
+    def set_second_link(self, fd: int = -1) -> None:
+        """As set_link(), of the second NIC."""
+        link = os.dup(fd) if fd >= 0 else -1
+        if link >= 0:
+            os.set_blocking(link, False)
+            self._widen(link)
+        self.grant("link2", link)
+        ask, fds = Link2Change(present=link >= 0), (link,) if link >= 0 else ()
+        for child in self.children[::-1] if ask.present else self.children:
+            if "link2" not in child.decl.fds or child.state is State.VACANT:
+                continue
+            if error := self._ask_and_wait(child.decl.name, ask, fds):
+                self._warn(f"stage {child.decl.name} cannot take the second NIC's link: {error}")
 
     def _open_pcap(self, path: str) -> int:
         try:

@@ -26,6 +26,7 @@ from pipeline.hostside import HostSideError
 from pipeline.messages import Exit
 from pipeline.runner import HostSide, outcome, say, serving
 from pipeline.supervisor import Link, Session, SessionError, Signals
+from pipeline.vm_nic2 import SecondDoor
 from pipeline.vm_types import TYPES, VmOptions, check
 
 # linux/if_tun.h
@@ -97,8 +98,8 @@ class Vm:
         self.kind: LinkKind = kind_of(options.fd) if options.fd >= 0 else self.type.kind or "dgram"
         if self.type.kind not in (None, self.kind):
             raise ConfigError(f"--fd {options.fd}: is a {self.kind} link, not what --type {options.type} is")
-        if bool(settings.nic2) != (options.nic2_fd >= 0):
-            raise ConfigError("--nic2: a machine's second NIC needs --nic2 MODE and --nic2-fd N, both of them")
+        if int(bool(settings.nic2)) != (options.nic2_fd >= 0) + bool(options.nic2_socket):
+            raise ConfigError("--nic2: a machine's second NIC needs --nic2 MODE, and one of --nic2-socket PATH and --nic2-fd N")
         self.nic2_kind: LinkKind = kind_of(options.nic2_fd, "nic2-fd") if options.nic2_fd >= 0 else "dgram"
         self.door: Door | None = None
         self.peer: Peer | None = None
@@ -112,9 +113,15 @@ class Vm:
                 if o.socket:
                     self.door = stack.enter_context(self._door())
                 host = HostSide(s, stack)
+                second = None
+                if o.nic2_socket:
+                    second = stack.enter_context(SecondDoor(o.nic2_socket, self.type, self._warn))
+                    self.nic2_kind = second.kind
                 nic2 = host.second_nic(o.nic2_fd, self.nic2_kind, o.vnet_hdr or self.nic2_kind == "tap")
                 if host.host is not None:
-                    self._warn(f"the second NIC's MAC address must be {host.host.facts.mac}")
+                    f = host.host.facts
+                    self._warn(f"the second NIC's MAC address must be {f.mac}, its MTU is {f.mtu}"
+                               + (f", and it will have {f.address}" if f.address else ""))
                 link = Link(fd=o.fd, kind=self.kind, vnet=o.vnet_hdr or self.kind == "tap", name=o.type)
                 self.session = Session(s, link=link, nic2=nic2, log=say if s.debug else None, warn=say, name=s.session or str(os.getpid()))
                 self.session.on_link_end = self._left
@@ -127,6 +134,8 @@ class Vm:
                     stack.callback(self._part)
                     if self.door is not None:
                         self._wait()
+                    if second is not None:
+                        second.wait(self.session)
                     self._ready()
                     result = self.session.run()
             except (DoorError, HostSideError) as e:

@@ -35,6 +35,7 @@ class VmOptions(Struct, frozen=True, kw_only=True):
     socket: str = ""
     fd: int = -1
     nic2_fd: int = -1
+    nic2_socket: str = ""
     one_off: bool = False
     vnet_hdr: bool = False
     ready_fd: int = -1

@@ -29,6 +29,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
 def run(cfg: Config, ctx: StageContext) -> Ended:
     """Move frames until told to stop. Raises StageError if the host side is gone, or a neighbour's ring index is
     impossible; never for a frame."""
+    if "bridge" not in ctx.fds:  # its seat was released while it had none
+        raise StageError("the second NIC is down; ringnet ctl start nic2 brings it up")
     link = ffi.new("struct rn_link *", {"fd": ctx.fds["bridge"], "kind": KINDS[cfg.link_kind], "vnet": int(cfg.vnet),
                                         "frame_max": cfg.frame_max})
     if lib.stage_vmnet_init(ctx.stage, link, cfg.storm) < 0:

@@ -33,6 +33,8 @@ COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture", 
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
                      "control_api", "hosts_book", "session_dir", "client", "seats", "captures", "capture_file",
                      "hostside", "second_nic", "debug_api", "dumps", "doors", "vm", "sockets", "datapath"})
+COMMANDS |= {"nic2_helper"}
+CONTROL |= {"nic2_backends", "vm_nic2"}
 
 
 def layer(module: str) -> str:

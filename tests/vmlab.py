@@ -69,13 +69,13 @@ class Qemu:
     """A machine, running. Use as a context manager: it is killed at the end if it is still there."""
 
     def __init__(self, ns: Netns, tmp: Path, script: str, netdev: str, *, mac: str = "52:54:00:00:00:01",
-                 pass_fds: Sequence[int] = ()) -> None:
+                 pass_fds: Sequence[int] = (), more: Sequence[str] = ()) -> None:
         assert (GUEST / "vmlinuz").exists(), f"{GUEST} has no kernel: run the tests by tools/test, which fetches it"
         initrd = tmp / f"initrd-{time.monotonic_ns()}"
         initrd.write_bytes(initramfs(script))
         argv = ["qemu-system-x86_64", "-accel", "tcg", "-m", "128", "-nographic", "-nodefaults", "-no-reboot", "-serial",
                 "stdio", "-kernel", str(GUEST / "vmlinuz"), "-initrd", str(initrd), "-append", "console=ttyS0 quiet panic=-1",
-                "-netdev", netdev, "-device", f"virtio-net-pci,netdev=n0,romfile=,mac={mac}"]
+                "-netdev", netdev, "-device", f"virtio-net-pci,netdev=n0,romfile=,mac={mac}", *more]
         self.process = subprocess.Popen(ns.argv(*argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, env=run_env(), pass_fds=pass_fds, start_new_session=True)
         self.said = ""

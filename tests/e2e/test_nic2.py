@@ -4,11 +4,14 @@ ringnet runs in a namespace that the test made, the host: bridges, rules and rou
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,6 +67,21 @@ def address(ns: Netns, ifname: str = "tap1") -> str:
     found = re.search(r"inet ([\d.]+)/", ns.ip("-4", "addr", "show", "dev", ifname))
     assert found, ns.ip("addr")
     return found[1]
+
+
+def assert_nothing_is_lost(session: Nic2) -> None:
+    """What one stage handed on the next one took, frame by frame and byte by byte. Takes NIC2 down, so that it holds still."""
+    ctl(session, "cancel", "nic2")
+    found = json.loads(ctl(session, "statistics", "--json").stdout)
+    c = {stage: dict.fromkeys(("drop_vmnet_down", "drop_vmnet_write", "drop_storm_up", "drop_link_down"), 0) | counters
+         for stage, counters in found["counters"].items()}
+    fill = {r["name"]: r["fill"] for r in found["rings"]}
+    tx, vmnet, rx = c["guest_tx"], c["vmnet"], c["guest_rx"]
+    assert tx["nic2_up_frames"] == vmnet["vmnet_up_frames"] + fill["guest_tx->vmnet"] > 0
+    assert fill["guest_tx->vmnet"] or tx["nic2_up_bytes"] == vmnet["vmnet_up_bytes"]
+    assert vmnet["drop_vmnet_down"] == vmnet["drop_vmnet_write"] == vmnet["drop_storm_up"] == 0
+    assert vmnet["vmnet_down_frames"] == rx["nic2_down_frames"] + rx["drop_link_down"] > 0  # down: before it was up
+    assert fill["vmnet->guest_rx"] == 0
 
 
 def pings(ns: Netns, to: str, *, wait: int = 20) -> bool:
@@ -290,3 +308,79 @@ def test_what_the_host_cannot_give_is_said_and_nothing_is_left(host_ns: Netns, g
     assert done.returncode == Exit.RUNTIME and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
     host_ns.ip("link", "del", "rn-mine")
     assert left(host_ns) == []
+
+
+def test_its_rings_can_be_captured(second: Callable[..., Nic2], host_ns: Netns, tmp_path: Path) -> None:
+    session = second("shared")
+    file = tmp_path / "nic2.pcapng"
+    with Program([*RINGNET, "capture", "-s", session.name, "guest_tx:vmnet", "vmnet:guest_rx", "--proto", "icmp", "-c", "2",
+                  "-w", str(file)], tmp_path / "capture.log") as capture:
+        while capture.process.poll() is None:
+            assert pings(host_ns, address(session.guest))
+        assert capture.wait() == 0, capture.output()
+    said = sh("tshark", "-n", "-r", str(file), "-T", "fields", "-e", "frame.interface_name", "-e", "ip.src").stdout
+    assert set(said.split("\n")) - {""} == {f"vmnet->guest_rx\t{HOST}", f"guest_tx->vmnet\t{address(session.guest)}"}, said
+
+
+def test_a_services_that_is_started_again_still_gives_the_address(second: Callable[..., Nic2], host_ns: Netns) -> None:
+    session = second("shared")
+    was = address(session.guest)
+    with Client(find(session.name), timeout=DEADLINE) as client:
+        client.call(api.Subscribe(events=["stage"]))
+        os.kill(session.pid_of("services"), signal.SIGKILL)
+        while (event := next(client.events())).state != "running" or event.stage != "services":
+            pass
+    session.guest.ip("addr", "flush", "dev", "tap1")
+    got = session.guest.run("busybox", "udhcpc", "-i", "tap1", "-n", "-q", "-f", "-s", "/bin/true")
+    assert f"lease of {was} obtained" in got.stderr, got.stderr
+
+
+def test_a_table_whose_bridge_somebody_deleted_goes_with_the_next_start(second: Callable[..., Nic2], host_ns: Netns) -> None:
+    killed = second("shared,name=lab")
+    assert killed.end(signal.SIGKILL) == -signal.SIGKILL
+    host_ns.ip("link", "del", "rn-lab")
+    assert left(host_ns) == ["table ip ringnet_lab"]
+    assert second("host").end() == 0
+    assert left(host_ns) == []
+
+
+def test_a_connection_outlives_the_relay_and_no_buffer_is_lost(second: Callable[..., Nic2], host_ns: Netns) -> None:
+    """vmnet is killed twice in the middle of a transfer both ways, and started again: every byte arrives, in order, and
+    afterwards frames pass as before."""
+    session = second("shared")
+    data = os.urandom(1 << 20)
+    rounds, mark = 48, threading.Event()
+
+    def echo(c: socket.socket) -> None:
+        while got := c.recv(1 << 18):
+            c.sendall(got)
+
+    with serving(host_ns.listen(HOST), echo) as there, session.guest.socket() as here:
+        here.connect(there)
+
+        def send() -> None:
+            for n in range(rounds):
+                here.sendall(data)
+                if n % 16 == 8:
+                    mark.set()
+            here.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        hashed, kills = hashlib.sha256(), 0
+        while got := here.recv(1 << 18):
+            hashed.update(got)
+            if mark.is_set() and kills < 2:
+                mark.clear()
+                kills += 1
+                os.kill(session.pid_of("vmnet"), signal.SIGKILL)
+                while session.nic2["state"] != "down":  # said by its process's end, a moment later
+                    pass
+                ctl(session, "start", "nic2")
+        sender.join()
+    want = hashlib.sha256()
+    for _ in range(rounds):
+        want.update(data)
+    assert kills == 2 and hashed.digest() == want.digest()
+    assert pings(host_ns, address(session.guest))
+    assert session.end() == 0

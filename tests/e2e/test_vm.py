@@ -420,7 +420,7 @@ def test_descriptors_that_are_no_link(tmp_path: Path) -> None:
     (("--type", "vfkit", "--socket", "/tmp/" + "x" * 99), "104 bytes long; the path of this socket has at most 103"),
     (("--type", "qemu-stream", "--socket", "0.0.0.0:4000"), "only loopback"),
     (("--type", "qemu-stream", "--socket", "127.0.0.1:0"), "port 0 is not within 1..65535"),
-    (("--type", "qemu-stream", "--socket", "/x", "--nic2", "shared"), "needs --nic2 MODE and --nic2-fd N, both of them"),
+    (("--type", "qemu-stream", "--socket", "/x", "--nic2", "shared"), "needs --nic2 MODE, and one of --nic2-socket PATH and"),
 ])
 def test_usage(options: tuple[str, ...], why: str) -> None:
     code, said = refused(*options)

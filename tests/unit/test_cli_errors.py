@@ -42,7 +42,7 @@ USAGE = [
     ("attach 1 --tap a:b", "--tap a:b"),
     ("attach 1 --ready-fd x", "--ready-fd x: not a descriptor number"),
     ("attach 1 --exit-fd 99999", "--exit-fd 99999: not an open descriptor"),
-    ("attach 1 -- true", "only run takes a command"),
+    ("attach 1 -- true", "only run and nic2-helper take a command"),
 ]
 
 

@@ -75,7 +75,7 @@ def test_wrong_words_are_one_line_and_named(text: str, says: str) -> None:
     (["0.0.0.0/0"], "shared", "not a network to be routed"),
     (["172.16.0.0/12@y"], "shared", "y is not an IPv4 address"),
     (["172.16.0.0/12", "172.20.0.0/16"], "shared", "--route 172.20.0.0/16: overlaps"),
-    (["172.16.0.0/12"], "socket,path=/x", "is the helper's"),
+    (["172.16.0.0/12"], "socket,path=/x", "made by somebody else"),
 ])
 def test_routes_that_cannot_be(routes: list[str], nic2: str, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):

@@ -226,6 +226,32 @@ def test_a_descriptor_that_blocks_is_refused() -> None:
     helper.close()
 
 
+def test_another_link_takes_the_place_of_the_guests(nic2: Nic2) -> None:
+    """As when a virtual machine is started again; without one, what is for it is dropped as for an interface that is down."""
+    assert lib.stage_guest_tx_nic2(nic2.tx, link(-1, frame_max=1518)) == 0
+    assert lib.stage_guest_rx_nic2(nic2.rx, link(-1, frame_max=1518), VMNET) == 0
+    assert nic2.send_up(frame(1)) == [] and nic2.send_down(frame(2)) == []
+    assert count(nic2.rx, "drop_link_down") == 1
+    inner, guest = pair()
+    again = socket.socket(fileno=inner.dup().detach())
+    try:
+        assert lib.stage_guest_tx_nic2(nic2.tx, link(inner, frame_max=1518)) == 0
+        assert lib.stage_guest_rx_nic2(nic2.rx, link(again, frame_max=1518), VMNET) == 0
+        guest.send(VNET + frame(3))
+        nic2.host.send(VNET + frame(4))
+        nic2.work()
+        assert (received(nic2.host), received(guest), received(nic2.guest)) == ([VNET + frame(3)], [VNET + frame(4)], [])
+        assert lib.stage_guest_tx_nic2(nic2.tx, link(inner, frame_max=13)) < 0  # refused: the old one stays
+        guest.send(VNET + frame(5))
+        nic2.work()
+        assert received(nic2.host) == [VNET + frame(5)]
+        assert lib.stage_guest_tx_nic2(nic2.tx, link(-1, frame_max=1518)) == 0
+        assert lib.stage_guest_rx_nic2(nic2.rx, link(-1, frame_max=1518), VMNET) == 0
+    finally:
+        for s in (inner, guest, again):
+            s.close()
+
+
 @pytest.mark.parametrize("bad", [{"frame_max": 13}, {"frame_max": 65550}])
 def test_init_says_what_is_wrong(nic2: Nic2, bad: dict[str, int]) -> None:
     for init in (lambda s, k: lib.stage_vmnet_init(s, k, 0), lib.stage_guest_tx_nic2,
