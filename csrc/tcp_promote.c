@@ -229,7 +229,7 @@ void tcp_promote(struct egress *e, uint32_t i)
 			p->rto_at = UINT64_MAX;
 			tcp_set_timer(e, i);
 			rewatch(e, i);
-			e->s->c[RN_C_promoted_down]++;
+			eg_count(e, i, RN_C_promoted_down);
 			rn_half_leave(&f->down.owner, rn_owner(e->s->out_row[RN_ROLE_GUEST]));
 		}
 	}
@@ -239,7 +239,7 @@ void tcp_promote(struct egress *e, uint32_t i)
 	if (!(p->fast & FP_TX)) {
 		if (promote_offer(e, i, 1, &pass))
 			return;
-		e->s->c[RN_C_promoted_up]++;
+		eg_count(e, i, RN_C_promoted_up);
 	}
 	p->fast |= FP_LENT;
 	rn_half_leave(&f->up.owner, rn_owner(e->s->out_row[RN_ROLE_OFFER]));

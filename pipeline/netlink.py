@@ -31,6 +31,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
 RTNH_F_ONLINK = 4
 RT_TABLE_MAIN, RTPROT_DHCP, RTN_UNICAST = 254, 16, 1
 RT_TABLE_LOCAL, RTN_LOCAL, RT_SCOPE_HOST = 255, 2, 254
+RTM_DELADDR, RTA_METRICS, RTAX_QUICKACK = 21, 8, 15
 RTPROT_OURS = 82  # of routes into a guest: by it those of a session that was killed are found
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 IFF_UP = 1
@@ -246,10 +247,13 @@ def route_delete(network: ipaddress.IPv4Network, via: ipaddress.IPv4Address, oif
 
 
 def every_address_is_local(oif: int) -> None:
-    """In a namespace of one's own: whatever is connected to is this machine. Raises NetlinkError."""
+    """In a namespace of one's own, its loopback up: whatever is connected to is this machine, 127.0.0.1 like all else, and
+    each segment is acknowledged at once (ip-route(8), quickack). Raises NetlinkError."""
+    own = struct.pack("=BBBBi", socket.AF_INET, 8, 0, RT_SCOPE_HOST, oif) + _attr(IFA_LOCAL, bytes([127, 0, 0, 1]))
+    _request("remove 127.0.0.1", RTM_DELADDR, 0, own)  # and its routes, which have no quickack
     body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, RT_TABLE_LOCAL, RTPROT_OURS, RT_SCOPE_HOST, RTN_LOCAL, 0)
     _request("make every address local", RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL,
-             body + _attr(RTA_OIF, struct.pack("=i", oif)))
+             body + _attr(RTA_OIF, struct.pack("=i", oif)) + _attr(RTA_METRICS, _attr(RTAX_QUICKACK, struct.pack("=I", 1))))
 
 
 def link_events() -> socket.socket:
