@@ -112,7 +112,7 @@ def test_two_clients_at_once_see_one_truth(session: Attached, runtime: Path) -> 
     def contend(owner: str) -> None:
         try:
             with Client(runtime / "s.sock") as c:
-                for _ in range(200):
+                while got.get(owner, 0) < 30:
                     try:
                         c.call(api.ForwardsAdd(specs=["127.0.0.1/9000:80"], owner=owner))
                     except api.ApiError as e:
@@ -130,7 +130,7 @@ def test_two_clients_at_once_see_one_truth(session: Attached, runtime: Path) -> 
     for t in threads:
         t.join(DEADLINE)
     assert not errors, errors
-    assert not any(t.is_alive() for t in threads) and sum(got.values()) >= 200
+    assert not any(t.is_alive() for t in threads) and got == {"one": 30, "two": 30}
     assert ctl("forward", "ls") == "no forwards\n"
 
 
@@ -185,8 +185,13 @@ def test_events_of_the_stages(session: Attached, client: Client, host_ns: Netns,
     event = next(client.events(timeout=DEADLINE))
     assert isinstance(event, api.LeaseGiven) and (event.hostname, event.seconds) == ("box", 86400)
     os.kill(next(s.pid for s in client.call(api.Stages()).stages if s.name == "classify"), signal.SIGKILL)
-    states = [(e.stage, e.state) for e in client.events(timeout=DEADLINE) if isinstance(e, api.StageChanged)]
-    assert states[0] == ("classify", "gone") and ("guest_tx", "cancelled") not in states[:1]
+    states: list[tuple[str, str]] = []
+    for event in client.events(timeout=DEADLINE):
+        if isinstance(event, api.StageChanged):
+            states.append((event.stage, event.state))
+        if states[-1:] == [("classify", "running")]:  # its successor
+            break
+    assert states[0] == ("classify", "vacant") and {s for s, _ in states} == {"classify"}
 
 
 def test_many_refusals_are_told_at_a_bounded_rate(session: Attached, client: Client, guest_ns: Netns) -> None:
