@@ -9,6 +9,7 @@
 
 #include "rn_fdpass.h"
 #include "rn_flow.h"
+#include "rn_link.h"
 #include "rn_promote.h"
 #include "rn_proto.h"
 #include "rn_stage.h"
@@ -37,6 +38,9 @@ struct egress_promote { /* promotion of settled flows to guest_tx and guest_rx (
 int stage_egress_init(struct rn_stage *s, void *flows, uint64_t flows_size, const struct egress_config *cfg);
 /* Then, if flows are to be promoted: 0, or -ENOMEM with rn_stage_error() set. @cfg is copied; descriptors stay the caller's. */
 int stage_egress_promote(struct rn_stage *s, const struct egress_promote *cfg);
+/* Then, if the guest's link may be written to from here (a tap: its writes are whole frames): small frames go there
+ * themselves while none is under way by guest_rx. @link is copied; its descriptor stays the caller's. */
+int stage_egress_direct(struct rn_stage *s, const struct rn_link *link);
 int stage_egress_step(struct rn_stage *s, int timeout_ms, uint64_t now_ns); /* for tests */
 uint64_t stage_egress_due(struct rn_stage *s); /* for tests: when the loop would wake for a timer, ns */
 
@@ -148,6 +152,8 @@ struct egress {
 	uint32_t refused_at, nrefused, refused_lost;
 	uint64_t refused_ns, refused_tokens; /* rate: what a guest does must not keep Python busy */
 	uint8_t notices;
+	struct rn_link link; /* fd -1: not to be written to from here */
+	uint8_t working;     /* 1: in the work queue: no frame of an input ring is being handled */
 	uint8_t raw_ready;	    /* the shared raw ICMP socket may have something */
 	uint16_t ip_id;
 	uint64_t rng;
@@ -287,6 +293,7 @@ void udp_input(struct egress *e, struct eg_frame *f);
 void udp_event(struct egress *e, uint32_t i, uint32_t events);
 void udp_timer(struct egress *e, uint32_t i);
 void udp_notice(struct egress *e, uint32_t i, enum rn_flow_notice n); /* about a mapping, its generation checked */
+void udp_policy_changed(struct egress *e); /* peers that were approved of are asked about again */
 void udp_reset(struct egress *e, uint32_t i, int tx); /* guest_tx (@tx) or guest_rx is a new process, without its socket */
 int udp_work(struct egress *e, uint32_t i);
 

@@ -297,8 +297,10 @@ static int take_acks(struct fast_down *d, uint32_t i, struct rn_flow *f, uint64_
 		return 0; /* the last cannot be: who posted it looked (and is not trusted with our socket) */
 	int err = rn_peek_discard(q->fd, &q->at, n);
 
-	if (err)
+	if (err) {
+		atomic_store_explicit(&f->acks.broke, (uint32_t)-err, memory_order_relaxed);
 		return err;
+	}
 	RN_SHOW(f->down.snd_una, ack);
 	f->down.bytes += n;
 	d->s->c[RN_C_tcp_fast_down_bytes] += n;
@@ -425,6 +427,8 @@ static int pump(struct fast_down *d, uint32_t i)
 				break;
 			continue;
 		}
+		if (n < 0)
+			atomic_store_explicit(&f->acks.broke, (uint32_t)-n, memory_order_relaxed);
 		if (n <= 0) {
 			back = 1;
 			break;

@@ -4,7 +4,10 @@
  * A frame read from the link is looked up by its addresses and ports. Of a flow that is here it is parsed by the rules of
  * classify, and taken if it is what a settled connection sends nearly always: ACK or ACK+PSH without options, at rcv_nxt,
  * inside the window, acknowledging what was sent. Its data goes to send() from where the link put it; rcv_nxt advances by
- * what send() took (I1). Everything else goes to classify, and egress takes the half back for as long as it needs it.
+ * what send() took (I1). Everything else goes to egress, which takes the half back for as long as it needs it.
+ *
+ * Bypass. A good TCP segment has been parsed here by then, so it goes to egress by a ring of its own, and a connection that
+ * is opened, used once and closed saves a wake for each segment. All other frames, bad ones too, are classify's.
  *
  * ACKs. One a flow and turn, at the turn's end, so a burst costs one. Where the link's writes are whole frames they are
  * written here, else sent through guest_rx. A flow whose guest speaks and is answered in turn is not acknowledged at once:
@@ -50,7 +53,7 @@ struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void
 	uint32_t nhash = 1;
 	int err = rn_flows_check(flows, flows_size);
 
-	if (err || !s->nin || !s->has_out[RN_ROLE_GUEST] || classify_config_check(&cfg->parse)) {
+	if (err || !s->nin || !s->has_out[RN_ROLE_GUEST] || (cfg->bypass && !s->has_out[RN_ROLE_BRIDGE]) || classify_config_check(&cfg->parse)) {
 		rn_fail(s, -EINVAL, "promotion: no flow table of this build, no rings to egress and guest_rx, or an address that is "
 				    "out of range");
 		return NULL;
@@ -63,6 +66,7 @@ struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void
 	u->flows = flows;
 	u->nflows = u->flows->nflows;
 	u->cfg = *cfg;
+	u->way = cfg->bypass ? RN_ROLE_BRIDGE : RN_ROLE_CLASSIFY;
 	u->me = rn_owner(s->row);
 	u->egress = rn_owner(s->in_row[0]);
 	u->rx = rn_owner(s->out_row[RN_ROLE_GUEST]);
@@ -259,7 +263,7 @@ static void owe(struct fast_up *u, uint32_t i)
 int fast_up_open(struct fast_up *u)
 {
 	if (RN_UNLIKELY(u->reset)) {
-		if (rn_stage_notice(u->s, RN_ROLE_CLASSIFY, rn_fn_flags(RN_FN_RESET), 0, 0))
+		if (rn_stage_notice(u->s, u->way, rn_fn_flags(RN_FN_RESET), 0, 0))
 			return 0;
 		u->reset = 0;
 	}
@@ -268,6 +272,8 @@ int fast_up_open(struct fast_up *u)
 			return 0;
 		u->barrier_until = 0;
 	}
+	if (u->cfg.bypass && !rn_stage_room(u->s, RN_ROLE_BRIDGE, 1))
+		return 0;
 	return !u->n || rn_stage_room(u->s, RN_ROLE_GUEST, 1);
 }
 
@@ -323,8 +329,11 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 		do
 			n = send(ff->fd, eth + p->payload_off, len, MSG_DONTWAIT | MSG_NOSIGNAL);
 		while (n < 0 && errno == EINTR);
-		if (n < 0)
-			n = 0; /* whatever it is, egress meets it too and knows what to do */
+		if (n < 0) { /* egress gets the segment, and knows what to do */
+			if (errno != EAGAIN && errno != ENOBUFS && errno != ENOMEM)
+				atomic_store_explicit(&f->acks.broke, (uint32_t)errno, memory_order_relaxed);
+			n = 0;
+		}
 		RN_SHOW(f->up.rcv_nxt, f->up.rcv_nxt + (uint32_t)n); /* I1: what send() returned */
 		f->up.bytes += (uint64_t)n;
 		f->up.packets++;
@@ -355,24 +364,27 @@ static int take_tcp(struct fast_up *u, uint32_t i, const uint8_t *eth, const str
 	return r > 0;
 }
 
-int fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t flags)
+enum fast_up_way fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t flags, struct rn_parsed *p)
 {
 	struct rn_view v = { .data = eth, .len = len };
 	struct rn_vnet_hdr vnet;
-	struct rn_parsed p;
+	int tcp;
 	uint32_t i;
 
-	if (!u->n || len < RN_ETH_HLEN + RN_IP4_HLEN + RN_UDP_HLEN || rn_get16(eth + 12) != RN_ETHERTYPE_IPV4 ||
+	if (len < RN_ETH_HLEN + RN_IP4_HLEN + RN_UDP_HLEN || rn_get16(eth + 12) != RN_ETHERTYPE_IPV4 ||
 	    eth[RN_ETH_HLEN] != 0x45)
-		return 0;
-	i = lookup(u, eth);
-	if (i == NONE)
-		return 0;
+		return FAST_UP_CLASSIFY;
+	tcp = eth[RN_ETH_HLEN + RN_IP4_PROTO] == RN_IPPROTO_TCP;
+	i = u->n ? lookup(u, eth) : NONE;
+	if (i == NONE && !(tcp && u->cfg.bypass))
+		return FAST_UP_CLASSIFY;
 	if (flags & RN_DESC_VNET)
 		memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
-	if (rn_parse_frame(&v, flags & RN_DESC_VNET ? &vnet : NULL, &u->cfg.parse, &p) != RN_V_BRIDGE)
-		return 0; /* classify says why, and counts it */
-	return p.ip_proto == RN_IPPROTO_TCP ? take_tcp(u, i, eth, &p) : fast_udp_take(u, i, eth, &p);
+	if (rn_parse_frame(&v, flags & RN_DESC_VNET ? &vnet : NULL, &u->cfg.parse, p) != RN_V_BRIDGE)
+		return FAST_UP_CLASSIFY; /* it says why, and counts it */
+	if (i != NONE && (tcp ? take_tcp(u, i, eth, p) : fast_udp_take(u, i, eth, p)))
+		return FAST_UP_DONE;
+	return tcp && u->cfg.bypass ? FAST_UP_BRIDGE : FAST_UP_CLASSIFY;
 }
 
 void fast_up_sent(struct fast_up *u)
@@ -381,7 +393,7 @@ void fast_up_sent(struct fast_up *u)
 
 	if (RN_LIKELY(i == NONE))
 		return;
-	if (rn_stage_notice(u->s, RN_ROLE_CLASSIFY, rn_fn_flags(RN_FN_BARRIER), i, u->flow[i].gen))
+	if (rn_stage_notice(u->s, u->way, rn_fn_flags(RN_FN_BARRIER), i, u->flow[i].gen))
 		return; /* full: behind one of the next frames, then */
 	u->barrier = NONE;
 	u->barrier_until = u->s->now + BARRIER_NS;

@@ -10,6 +10,7 @@
 struct fast_up_config {
 	struct classify_config parse; /* frames are held to the same rules as by classify */
 	int offload;	      /* the link completes checksums */
+	int bypass;	      /* TCP segments go to egress without classify: they are parsed here anyway */
 	int direct;	      /* ACKs are written to the link from here; else guest_rx writes them (capture, bad wire, streams) */
 	int flows_fd;	      /* SOCK_SEQPACKET from egress: sockets of flows (rn_fdpass.h) */
 };
@@ -29,8 +30,11 @@ void fast_up_notice(struct fast_up *u, const struct rn_desc *d);
 /* May frames be read, as far as this is concerned? 0: no room for a notice (asked for), or a barrier is out. */
 int fast_up_open(struct fast_up *u);
 
-/* Take a frame that passed the link's checks. 1: done with it; 0: it goes the usual way, and then fast_up_sent(). */
-int fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t flags);
+/* Take a frame that passed the link's checks. It goes where this says, and then fast_up_sent(). */
+enum fast_up_way { FAST_UP_CLASSIFY, /* the usual way */
+		   FAST_UP_DONE,     /* nowhere: done with it */
+		   FAST_UP_BRIDGE }; /* to egress; *@p is what there is to know of it */
+enum fast_up_way fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t flags, struct rn_parsed *p);
 void fast_up_sent(struct fast_up *u);
 
 /* End of a turn: acknowledgements owed go out. 1: some are left for want of room or a buffer (asked for). */

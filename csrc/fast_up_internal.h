@@ -41,6 +41,7 @@ struct fast_up {
 	uint32_t nflows, n; /* n: flows here */
 	struct fast_up_config cfg;
 	uint32_t me, egress, rx; /* owner words */
+	int way; /* output towards egress: enum rn_role */
 	struct fast_flow *flow; /* same index as in the table */
 	uint32_t *hash, hash_mask;
 	uint64_t key; /* of the hash: the guest chooses ports */

@@ -134,6 +134,7 @@ int stage_egress_policy(struct rn_stage *s, const struct policy_rule *rule, uint
 	}
 	policy_fini(e);
 	e->policy = ps;
+	udp_policy_changed(e);
 	return 0;
 }
 

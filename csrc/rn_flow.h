@@ -51,6 +51,9 @@ struct rn_acks { /* from the guest, to the owner of down while that is not egres
 	 * seq_cst exchange by the owner of up after it wrote ack_wnd: enum rn_acks_want. */
 	_Atomic uint32_t want;
 	_Atomic uint32_t want_ack; /* RN_WANT_ACK: from this number on; written before want */
+	/* errno that the host socket gave a stage other than egress, relaxed, 0: none. The kernel tells an error once; who asks
+	 * next is told of an end of file. */
+	_Atomic uint32_t broke;
 };
 struct rn_half_down { /* host to guest; sequence numbers are ours */
 	_Atomic uint32_t owner; /* F1, F2 as above */

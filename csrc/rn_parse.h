@@ -6,6 +6,7 @@
 #ifndef RN_PARSE_H
 #define RN_PARSE_H
 
+#include "rn_arena.h"
 #include "rn_proto.h"
 #include "rn_view.h"
 
@@ -96,6 +97,21 @@ int rn_vnet_check(const struct rn_vnet_hdr *h, uint32_t len);
 static inline int rn_vnet_says(const struct rn_vnet_hdr *h)
 {
 	return (h->flags & RN_VNET_NEEDS_CSUM) || h->gso_type != RN_VNET_GSO_NONE;
+}
+
+/* What the stages behind are told of a frame with verdict RN_V_BRIDGE or RN_V_SERVICE. */
+static inline struct rn_meta rn_meta_of(const struct rn_parsed *p, uint8_t flags)
+{
+	return (struct rn_meta){
+		.ip_version = 4,
+		.ip_proto = (uint8_t)p->ip_proto,
+		.ttl = (uint8_t)p->ttl,
+		.flags = flags,
+		.l3_off = (uint16_t)p->l3_off,
+		.l4_off = (uint16_t)p->l4_off,
+		.payload_off = p->payload_off,
+		.payload_len = p->payload_len,
+	};
 }
 
 static inline int rn_in_subnet(const struct classify_config *cfg, const uint8_t addr[4])

@@ -198,6 +198,18 @@ void rn_ring_put(struct rn_ring_tx *tx, const struct rn_desc *d)
 }
 
 /**
+ * rn_ring_tx_empty() - Has the consumer handed on everything?
+ * @tx:		Producer handle
+ *
+ * Return: 1 if so. Then what the producer does by another way now comes behind it.
+ */
+int rn_ring_tx_empty(struct rn_ring_tx *tx)
+{
+	/* P2: acquire, pairs C2: what the consumer did with the last slot is done. */
+	return tx->tail == atomic_load_explicit(&tx->ring->head, memory_order_acquire);
+}
+
+/**
  * rn_ring_publish() - Make put slots visible and wake a sleeping consumer
  * @tx:		Producer handle
  *

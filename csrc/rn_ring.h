@@ -111,6 +111,9 @@ void rn_ring_put(struct rn_ring_tx *tx, const struct rn_desc *d);
 /* Make all put slots visible and wake a sleeping consumer, once. */
 void rn_ring_publish(struct rn_ring_tx *tx);
 
+/* 1: the consumer has handed on all that was put, published or not. Reads its line: a cache miss while it works. */
+int rn_ring_tx_empty(struct rn_ring_tx *tx);
+
 /* Ask to be woken when room appears. Returns slots of room seen after arming (0 if fewer than
  * @tx->want): if positive, do not block (and the request is withdrawn). */
 int rn_ring_tx_arm(struct rn_ring_tx *tx);

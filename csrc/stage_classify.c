@@ -197,16 +197,7 @@ static void arp_answer(struct rn_stage *s, struct stage_classify *c, const struc
 static void forward(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, const struct rn_parsed *p,
 		    uint16_t desc_flags, uint8_t meta_flags)
 {
-	b->meta = (struct rn_meta){
-		.ip_version = 4,
-		.ip_proto = (uint8_t)p->ip_proto,
-		.ttl = (uint8_t)p->ttl,
-		.flags = meta_flags,
-		.l3_off = (uint16_t)p->l3_off,
-		.l4_off = (uint16_t)p->l4_off,
-		.payload_off = p->payload_off,
-		.payload_len = p->payload_len,
-	};
+	b->meta = rn_meta_of(p, meta_flags);
 	rn_stage_emit(s, role, b, eth, p->frame_len, desc_flags);
 	s->c[RN_C_frames_out]++;
 	s->c[RN_C_bytes_out] += p->frame_len;

@@ -132,10 +132,17 @@ static int frame_ok(struct rn_stage *s, const struct stage_guest_tx *t, uint8_t 
 
 static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, uint32_t len, uint16_t flags)
 {
+	enum fast_up_way way = FAST_UP_CLASSIFY;
+	struct rn_parsed p;
 	struct rn_buf *b;
 
-	if (t->fast && fast_up_take(t->fast, eth, len, flags))
-		return;
+	if (t->fast) {
+		way = fast_up_take(t->fast, eth, len, flags, &p);
+		if (way == FAST_UP_DONE)
+			return;
+		if (way == FAST_UP_BRIDGE)
+			len = p.frame_len;
+	}
 	b = len <= RN_SMALL_FRAME_MAX ? rn_buf_alloc(&s->pool, RN_SMALL) : NULL;
 	if (b) {
 		uint8_t *small = (uint8_t *)b + RN_BUF_ETH_OFF;
@@ -146,7 +153,9 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 		b = t->spare;
 		t->spare = NULL;
 	}
-	rn_stage_emit(s, RN_ROLE_CLASSIFY, b, eth, len, flags);
+	if (way == FAST_UP_BRIDGE)
+		b->meta = rn_meta_of(&p, 0);
+	rn_stage_emit(s, way == FAST_UP_BRIDGE ? RN_ROLE_BRIDGE : RN_ROLE_CLASSIFY, b, eth, len, flags);
 	s->c[RN_C_frames_out]++;
 	s->c[RN_C_bytes_out] += len;
 	if (t->fast)

@@ -234,6 +234,10 @@ int tcp_down_pump(struct egress *e, uint32_t i)
 			tcp_host_reset(e, i);
 			return 0;
 		}
+		if (n == 0 && atomic_load_explicit(&f->acks.broke, memory_order_relaxed)) {
+			tcp_host_reset(e, i); /* another stage was told, so that here it looks like the end */
+			return 0;
+		}
 		if (n == 0) {
 			p->flags |= F_EOF;
 			p->flags &= ~(uint32_t)F_READABLE;

@@ -215,6 +215,7 @@ void tcp_promote(struct egress *e, uint32_t i)
 			p->base_sent = 0;
 			return;
 		}
+		atomic_store_explicit(&f->acks.broke, 0, memory_order_relaxed);
 		p->base_rcv = f->up.rcv_nxt;
 		p->base_una = f->down.snd_una;
 	}

@@ -109,6 +109,13 @@ void udp_notice(struct egress *e, uint32_t i, enum rn_flow_notice n)
 		take_down(e, i);
 }
 
+void udp_policy_changed(struct egress *e)
+{
+	for (uint32_t i = 0; e->fast && i < e->nflows; i++)
+		if (e->priv[i].proto == RN_IPPROTO_UDP)
+			udp_promote_end_up(e, i);
+}
+
 void udp_reset(struct egress *e, uint32_t i, int tx)
 {
 	struct flow_priv *p = &e->priv[i];

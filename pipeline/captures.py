@@ -59,7 +59,7 @@ def points_of(topology: Topology, names: Iterable[str], link: str) -> tuple[list
     if "link" in wanted:
         interfaces.append(api.CaptureInterface(name=link, description="the guest's link"))
         for stage in topology.stages:
-            if "link" in stage.fds:
+            if {"link", "link_tap"} & set(stage.fds):
                 tapped.setdefault(stage.name, {})[POINT_LINK] = 0
     for stage in topology.stages:
         for point, ring in enumerate(topology.inputs(stage.name)):

@@ -543,14 +543,17 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
             "gateway_mac": s.mac, "offload": s.offloads}
     seat = {"gateway4": s.gateway, "gateway_mac": s.mac, "mtu": s.mtu}
     # What guest_tx writes to the link itself goes past a bad wire and the capture in guest_rx.
-    direct = not s.pcap and not any(i.stage == "guest_rx" for i in s.impairments())
+    bad = {i.stage for i in s.impairments()}
+    direct = not s.pcap and not {"guest_rx", "egress"} & bad
     made: dict[str, dict[str, Any]] = {
-        "guest_tx": {**link, "subnet": str(net), "direct": direct},
+        "guest_tx": {**link, "subnet": str(net), "direct": direct,
+                     "bypass": not {"guest_tx", "classify"} & bad},
         "guest_rx": {**link, "uso": uso and s.offloads},
         "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
         "egress": {**seat, "offload": s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
-                   "promote": s.promote, "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path,
+                   "promote": s.promote, "direct": direct and bool(s.promote), "frame_max": link["frame_max"],
+                   "udp_max": s.udp_max, "pending_max": s.pending_max, "dns_path": dns_path,
                    "seed": s.seed, "policy": entries(s.policy_rules()), "proxy": through},
         "services": {**seat, "prefix": net.prefixlen, "guest4": s.address, "pool_start": first, "pool_end": last,
                      "dns": list(s.dns), "resolv_conf": s.resolv_conf, "search": list(s.search) or [DOMAIN],

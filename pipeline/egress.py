@@ -34,6 +34,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     peek: Literal["auto", "offset", "discard"] = "auto"  # SO_PEEK_OFF, or peek past a discard buffer
     udp_max: Annotated[int, Meta(ge=1, le=65536)]  # UDP mappings; then the least recently used goes
     pending_max: Annotated[int, Meta(ge=1, le=65536)]  # TCP connects under way; then RST
+    direct: bool = False  # with link_tap among fds: small frames are written to the guest's tap from here
+    frame_max: int = 1514  # of that link: bytes of Ethernet frame
     promote: Annotated[int, Meta(ge=0)] = 0  # segments with data until a flow is settled; 0: flows stay here
     dns_path: str = ""  # abstract Unix address of services' DNS over TCP, without the leading NUL; "": none
     guest4: Ipv4  # the guest's address, for forwards that name none
@@ -207,6 +209,10 @@ def init(cfg: Config, ctx: StageContext) -> None:
         c = ffi.new("struct egress_promote *", {"tx_fd": ctx.fds["flows_to_tx"], "rx_fd": ctx.fds["flows_to_rx"],
                                                 "after": cfg.promote})
         if lib.stage_egress_promote(ctx.stage, c) < 0:
+            raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+    if cfg.direct and (tap := ctx.fds.get("link_tap", -1)) >= 0:
+        link = ffi.new("struct rn_link *", {"fd": tap, "kind": lib.RN_LINK_TAP, "vnet": 1, "frame_max": cfg.frame_max})
+        if lib.stage_egress_direct(ctx.stage, link) < 0:
             raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.proxy is not None:
         set_proxy(ctx.stage, cfg.proxy, ctx.names)

@@ -36,6 +36,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     pcap: bool  # fds has the capture file
     promote: bool  # promoted flows are run here; fds has flows_tx
     offload: bool  # the link completes checksums
+    bypass: bool  # TCP segments go to egress without classify
     direct: bool  # ACKs of promoted flows are written to the link from here, if its writes are whole frames
     gateway4: Ipv4
     gateway_mac: Mac
@@ -53,7 +54,7 @@ def _promote(cfg: Config, ctx: StageContext) -> None:
     c.parse.subnet4, c.parse.prefix = subnet.network_address.packed, subnet.prefixlen
     c.parse.gateway_mac = bytes.fromhex(cfg.gateway_mac.replace(":", ""))
     c.parse.mtu = cfg.mtu
-    c.offload, c.direct, c.flows_fd = cfg.offload, cfg.direct, ctx.fds["flows_tx"]
+    c.offload, c.bypass, c.direct, c.flows_fd = cfg.offload, cfg.bypass, cfg.direct, ctx.fds["flows_tx"]
     if lib.stage_guest_tx_promote(ctx.stage, *ctx.flows, c) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
 

@@ -881,6 +881,7 @@ class Session:
         if self.link.kind == "tap":
             if not self.settings.offloads:
                 fcntl.ioctl(link, _TUNSETOFFLOAD, 0)  # the guest's kernel cuts segments and completes checksums itself
+            self._extras["link_tap"] = os.dup(link)
         else:
             self._widen(link)
             self._watch_link(link)

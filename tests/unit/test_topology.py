@@ -21,7 +21,7 @@ def test_roles_are_the_data_planes() -> None:
 def test_the_rings_of_the_design() -> None:
     assert {r.name for r in NIC1.rings} == {
         "guest_tx->classify", "classify->egress", "classify->services", "classify->guest_rx", "egress->guest_rx",
-        "services->guest_rx", "guest_tx->guest_rx", "egress->guest_tx", "guest_rx->egress"}
+        "services->guest_rx", "guest_tx->guest_rx", "guest_tx->egress", "egress->guest_tx", "guest_rx->egress"}
     assert {r.name for r in TOPOLOGY.rings if r.notices} == {"egress->guest_tx", "guest_rx->egress"}
     assert {r.name for r in TOPOLOGY.rings} - {r.name for r in NIC1.rings} == {"guest_tx->vmnet", "vmnet->guest_rx"}
 
@@ -60,7 +60,8 @@ def test_who_holds_what() -> None:
     assert holders == {"link": ["guest_tx", "guest_rx"], "link2": ["guest_tx", "guest_rx"],
                        "pcap": ["guest_tx", "guest_rx"], "raw_icmp": ["egress"],
                        "dns_listen": ["services"], "bridge": ["vmnet"], "flows_to_tx": ["egress"], "flows_to_rx": ["egress"],
-                       "flows_tx": ["guest_tx"], "flows_rx": ["guest_rx"]}
+                       "flows_tx": ["guest_tx"], "flows_rx": ["guest_rx"],
+                       "link_tap": ["egress"]}
     assert [s.name for s in TOPOLOGY.stages if s.flows] == ["guest_tx", "egress", "guest_rx"]
 
 
