@@ -168,10 +168,10 @@ class Vm:
             return
         self.session.unwatch(self.door.fileno())
         self.peer = peer
+        self._warn("a virtual machine came")  # before it is served: who reads this and then sees an answer is not misled
         self.session.set_link(peer.sock.fileno())
         if peer.pidfd >= 0:
             self.session.watch(peer.pidfd, lambda: self._left("the machine's process ended", Exit.OK))
-        self._warn("a virtual machine came")
 
     def _part(self) -> None:
         """Forget the machine that was there."""
