@@ -1,6 +1,7 @@
 """The second NIC with a host side that is not ours to make: a helper's socket, an inherited descriptor, nic2-helper."""
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -77,8 +78,9 @@ class Helper:
                     elif self.kind == "dgram" and self.sock is not None:
                         try:
                             self.sock.send(frame)
-                        except ConnectionRefusedError:
-                            pass
+                        except OSError as e:  # the session has ended
+                            if e.errno not in (errno.ECONNREFUSED, errno.ENOTCONN):
+                                raise
                 elif self.kind == "dgram":
                     frame, peer = self.listener.recvfrom(1 << 17)
                     if self.sock is None:
@@ -90,6 +92,7 @@ class Helper:
                 else:
                     data = watched.recv(1 << 18)
                     if not data:
+                        watched.close()
                         self.sock, watched, buffer = None, self.listener, b""
                         continue
                     buffer += data
