@@ -208,6 +208,16 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"top|-s" | "top|--session" | "top|--api-socket" | "top|-i" | "top|--interval" | "top|-n" | "top|--count" | "top|--sort" | "top|--flows")
+			skip=1
+			option=$w
+			continue
+			;;
+		"flows|-s" | "flows|--session" | "flows|--api-socket" | "flows|--proto" | "flows|--host" | "flows|--port" | "flows|--sort" | "flows|-n" | "flows|--most" | "flows|-i" | "flows|--interval")
+			skip=1
+			option=$w
+			continue
+			;;
 		"explain|-s" | "explain|--session" | "explain|--api-socket" | "explain|-n" | "explain|--last")
 			skip=1
 			option=$w
@@ -235,7 +245,7 @@ _ringnet() {
 			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl policy ls" | "ctl policy replace" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "nic2-helper" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl policy ls" | "ctl policy replace" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "top" | "flows" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "nic2-helper" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -324,6 +334,13 @@ _ringnet() {
 		"capture|-s" | "capture|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
 		"capture|--api-socket" | "capture|-w" | "capture|--write") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"capture|--proto") COMPREPLY=($(compgen -W "tcp udp icmp" -- "$cur")) ;;
+		"top|-s" | "top|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"top|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"top|--sort") COMPREPLY=($(compgen -W "rate bytes age idle rtt retransmits" -- "$cur")) ;;
+		"flows|-s" | "flows|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
+		"flows|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
+		"flows|--proto") COMPREPLY=($(compgen -W "tcp udp icmp" -- "$cur")) ;;
+		"flows|--sort") COMPREPLY=($(compgen -W "rate bytes age idle rtt retransmits" -- "$cur")) ;;
 		"explain|-s" | "explain|--session") COMPREPLY=($(compgen -W "$(_ringnet_sessions)" -- "$cur")) ;;
 		"explain|--api-socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
 		"passt|-s" | "passt|--socket") COMPREPLY=($(compgen -f -- "$cur")) ;;
@@ -333,7 +350,7 @@ _ringnet() {
 		return
 	fi
 	case "$path" in
-	"") COMPREPLY=($(compgen -W "run attach vm demo ctl capture explain postmortem passt slirp4netns completion nic2-helper stage -h --help --version" -- "$cur")) ;;
+	"") COMPREPLY=($(compgen -W "run attach vm demo ctl capture top flows explain postmortem passt slirp4netns completion nic2-helper stage -h --help --version" -- "$cur")) ;;
 	"run") COMPREPLY=($(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"attach") COMPREPLY=($(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"vm") COMPREPLY=($(compgen -W "-h --help --type --socket --fd --nic2-socket --nic2-fd -1 --one-off --vnet-hdr --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
@@ -374,6 +391,8 @@ _ringnet() {
 	"ctl cancel") COMPREPLY=($(compgen -W "nic1 nic2 -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl start") COMPREPLY=($(compgen -W "nic2 -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"capture") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -w --write --host --port --proto --flow --drops --snaplen -c --count --file-size --files --buffer -q --quiet" -- "$cur")) ;;
+	"top") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json -i --interval -n --count --sort --flows --plain" -- "$cur")) ;;
+	"flows") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --proto --host --port --waiting --sort -n --most -i --interval --watch" -- "$cur")) ;;
 	"explain") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -n --last --json" -- "$cur")) ;;
 	"postmortem") COMPREPLY=($(compgen -W "-h --help -n --last --json" -- "$cur")) ;;
 	"passt") COMPREPLY=($(compgen -W "-h --help -s --socket -F --fd -1 --one-off -f --foreground -t --tcp-ports -u --udp-ports -D --dns -m --mtu -a --address -n --netmask -g --gateway -P --pid -p --pcap -q --quiet -d --debug -e --stderr" -- "$cur")) ;;

@@ -408,6 +408,8 @@ static int pump(struct fast_down *d, uint32_t i)
 		if (!room || (flight && room < f->down.mss && room < q->wnd_max / 2))
 			full = q->readable;
 		if (full || !q->readable) {
+			rn_wait_set(&f->down.wait, &f->down.wait_ns,
+				    !full ? RN_WAIT_NONE : f->down.snd_wnd ? RN_WAIT_ACK : RN_WAIT_WINDOW, d->s->now);
 			if (ask(f, flight, full, w))
 				continue;
 			if (flight || full)
@@ -433,6 +435,7 @@ static int pump(struct fast_down *d, uint32_t i)
 			back = 1;
 			break;
 		}
+		rn_wait_set(&f->down.wait, &f->down.wait_ns, d->waiting ? RN_WAIT_ROOM : RN_WAIT_NONE, d->s->now);
 		if ((uint32_t)n < max && !q->hup)
 			q->readable = 0; /* it is empty now: more will be a new edge */
 		if (d->waiting) {

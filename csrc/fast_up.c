@@ -442,6 +442,7 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 	}
 	if (wnd < ff->sndbuf / 4 && wnd < limit && ff->watched != 2)
 		watch_room(u, i);
+	rn_wait_set(&f->up.wait, &f->up.wait_ns, out && wnd < 2u * mtu ? RN_WAIT_HOST : RN_WAIT_NONE, u->s->now);
 	return moved;
 }
 
@@ -455,12 +456,11 @@ static int write_ack(struct fast_up *u, struct rn_flow *f, const struct rn_tcpse
 
 	if (u->cfg.direct && u->link->fd >= 0 && rn_link_atomic(u->link)) {
 		len = rn_tcpseg_build(f, t, eth, vnet);
-		rn_tap_frame(u->s, RN_TAP_LINK, RN_PCAP_TO_GUEST, eth, len);
 		if (rn_link_write(u->link, eth - RN_VNET_HLEN, len) != -EAGAIN) {
-			rn_tap_done(u->s);
+			/* Behind the write: the frame that is being answered is on its way through a capture as well. */
+			rn_tap_frame(u->s, RN_TAP_LINK, RN_PCAP_TO_GUEST, eth, len);
 			return 0; /* written; or lost for a reason guest_rx counts with the next frame */
 		}
-		rn_tap_undo(u->s);
 	}
 	if (!rn_stage_room(u->s, RN_ROLE_GUEST, 1))
 		return -EAGAIN;

@@ -122,6 +122,11 @@ int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_vie
 		.retransmits = f->down.retransmits,
 		.parked = f->up.parked,
 		.gen = f->gen,
+		.index = i,
+		.up_wait = f->up.wait,
+		.down_wait = f->down.wait,
+		.up_wait_ns = f->up.wait_ns,
+		.down_wait_ns = f->down.wait_ns,
 	};
 	memcpy(out->guest_addr, f->guest_addr, sizeof(out->guest_addr));
 	memcpy(out->peer_addr, f->peer_addr, sizeof(out->peer_addr));
@@ -134,4 +139,18 @@ void rn_flows_redact(void *copy, uint64_t size)
 
 	if (size >= sizeof(*flows))
 		memset(flows->secret, 0, sizeof(flows->secret));
+}
+
+uint32_t rn_flows_collect(const void *mem, uint64_t size, struct rn_flow_view *out, uint32_t max)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; n < max && (i = rn_flows_next(mem, size, i)) < UINT32_MAX; i++) {
+		int err = rn_flows_read(mem, size, i, &out[n]);
+
+		if (err == -EINVAL)
+			break; /* past the end */
+		n += !err;
+	}
+	return n;
 }

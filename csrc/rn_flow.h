@@ -26,6 +26,16 @@ enum rn_flow_state { /* TCP states seen from our end towards the guest (RFC 9293
 	RN_FL_MAPPED,	   /* UDP and ICMP */
 	RN_FL_SYN_SENT	   /* of a forward: our SYN to the guest is not answered yet */
 };
+enum rn_wait { /* what keeps a half from moving */
+	RN_WAIT_NONE = 0,
+	RN_WAIT_HOST,	/* up: the host socket's buffer is full */
+	RN_WAIT_WINDOW, /* down: the guest's window is closed */
+	RN_WAIT_ACK,	/* down: what is in flight fills the guest's window */
+	RN_WAIT_ROOM	/* down: no slot or buffer towards the guest */
+};
+#define RN_FIN_SEEN 1 /* up: guest's FIN is in order; down: host side reached its end */
+#define RN_FIN_SENT 2 /* up: shutdown(SHUT_WR) done; down: FIN sent to the guest */
+#define RN_FIN_ACKED 4 /* down: guest acknowledged our FIN */
 /* CFFI END */
 
 struct rn_half_up { /* guest to host; sequence numbers are the guest's */
@@ -37,10 +47,11 @@ struct rn_half_up { /* guest to host; sequence numbers are the guest's */
 	uint8_t wscale;	  /* our shift, 0 if not agreed */
 	uint8_t fin;	  /* RN_FIN_* */
 	uint8_t torn;	  /* 1: its owner was killed at work on it: rcv_nxt may be behind what send() took */
-	uint8_t pad;
+	uint8_t wait;	  /* enum rn_wait, for whoever watches */
 	uint32_t parked;    /* bytes kept in early or waiting segments */
 	uint32_t acked;	    /* rcv_nxt as the guest was last told; whoever tells it writes it, relaxed */
 	uint64_t bytes, packets;
+	uint64_t wait_ns; /* CLOCK_MONOTONIC since when it waits */
 };
 struct rn_acks { /* from the guest, to the owner of down while that is not egress; sequence numbers are ours */
 	/* acknowledgment number << 32 | window, bytes. K1 release compare-and-swap by the owner of up, pairs K2 acquire load
@@ -69,10 +80,18 @@ struct rn_half_down { /* host to guest; sequence numbers are ours */
 	uint32_t torn; /* 1: its owner was killed at work on it: snd_una may be behind what was taken out of the socket */
 	uint32_t retransmits;
 	uint64_t bytes, packets;
+	uint64_t wait_ns; /* as of the up half */
+	uint8_t wait;	  /* enum rn_wait */
 };
-#define RN_FIN_SEEN 1u /* up: guest's FIN is in order; down: host side reached its end */
-#define RN_FIN_SENT 2u /* up: shutdown(SHUT_WR) done; down: FIN sent to the guest */
-#define RN_FIN_ACKED 4u /* down: guest acknowledged our FIN */
+
+/* What a half waits for, by its owner; since @now, unless it did so already. */
+static inline void rn_wait_set(uint8_t *wait, uint64_t *since, enum rn_wait what, uint64_t now)
+{
+	if (RN_UNLIKELY(*wait != (uint8_t)what)) {
+		*since = now;
+		*wait = (uint8_t)what;
+	}
+}
 
 struct rn_flow {
 	uint8_t guest_addr[16], peer_addr[16]; /* v4-mapped; peer as the guest calls it; UDP mapping: zero, */
@@ -113,6 +132,9 @@ struct rn_flow_view { /* one entry, for the monitor */
 	uint64_t created_ns, last_ns, up_bytes, up_packets, down_bytes, down_packets;
 	uint32_t rcv_nxt, rcv_adv, snd_una, snd_nxt, snd_wnd, mss, srtt_us, rto_us, retransmits, parked;
 	uint32_t gen; /* counts uses of the entry: with its index it names this flow and no later one */
+	uint32_t index;
+	uint8_t up_wait, down_wait; /* enum rn_wait */
+	uint64_t up_wait_ns, down_wait_ns;
 };
 uint32_t rn_flows_count(const void *mem);
 /* Take the secrets out of a copy that leaves the session. */
@@ -121,6 +143,8 @@ void rn_flows_redact(void *copy, uint64_t size);
 uint32_t rn_flows_next(const void *mem, uint64_t size, uint32_t i);
 /* 0, -ENOENT if entry @i is free, -EINVAL if there is none. */
 int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_view *out);
+/* All entries in use, @max at most: how many. */
+uint32_t rn_flows_collect(const void *mem, uint64_t size, struct rn_flow_view *out, uint32_t max);
 /* CFFI END */
 
 #endif

@@ -272,6 +272,10 @@ static int ready_now(struct rn_ring_rx *rx)
 	if (RN_UNLIKELY(tail - rx->head > rx->nslots))
 		return -EPROTO;
 	rx->tail_seen = tail;
+	if (RN_UNLIKELY(tail - rx->head > rx->high)) {
+		rx->high = (uint32_t)(tail - rx->head);
+		atomic_store_explicit(&rx->ring->high, rx->high, memory_order_relaxed);
+	}
 	return (int)(tail - rx->head);
 }
 
@@ -391,6 +395,7 @@ int rn_ring_stat(const void *mem, uint64_t size, struct rn_ring_stat *out)
 	out->nslots = nslots;
 	out->asleep = atomic_load_explicit(&ring->asleep, memory_order_relaxed);
 	out->starved = atomic_load_explicit(&ring->starved, memory_order_relaxed);
+	out->high = atomic_load_explicit(&ring->high, memory_order_relaxed);
 	return 0;
 }
 

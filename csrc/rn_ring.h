@@ -51,6 +51,8 @@ struct rn_ring {
 	alignas(RN_CACHE_LINE) _Atomic uint64_t head;
 	/* C4 store by the consumer about to block, P4 exchange by the producer that published. */
 	_Atomic uint32_t asleep;
+	/* Most descriptors the consumer ever found waiting; relaxed, by the consumer only, for whoever watches. */
+	_Atomic uint32_t high;
 	alignas(RN_CACHE_LINE) struct rn_desc slots[];
 };
 _Static_assert(sizeof(struct rn_desc) == 16, "four descriptors a cache line");
@@ -77,6 +79,7 @@ struct rn_ring_rx {
 	uint64_t head;
 	uint64_t tail_seen;
 	uint64_t wakes;
+	uint32_t high; /* == ring->high */
 };
 
 /* For the consumer's successor, before its first peek: of what waits only what @keep says 1 to stays, in order.
@@ -134,7 +137,7 @@ void rn_ring_rx_disarm(struct rn_ring_rx *rx);
 /* Read-only look for the monitor: fill now, and counts since creation. */
 struct rn_ring_stat {
 	uint64_t head, tail;
-	uint32_t nslots, asleep, starved;
+	uint32_t nslots, asleep, starved, high;
 };
 int rn_ring_stat(const void *mem, uint64_t size, struct rn_ring_stat *out);
 

@@ -334,6 +334,8 @@ static void publish_counters(struct rn_stage *s)
 	for (uint32_t i = 0; i < RN_NROLES; i++)
 		wakes += s->out[i].wakes;
 	s->c[RN_C_wakes_sent] = wakes;
+	s->c[RN_C_now_small_used] = s->pool.nsmall - s->pool.free[RN_SMALL];
+	s->c[RN_C_now_large_used] = s->pool.nlarge - s->pool.free[RN_LARGE];
 	if (!s->cell)
 		return;
 	for (uint32_t i = 0; i < RN_NCOUNTERS; i++)

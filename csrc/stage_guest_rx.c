@@ -116,23 +116,26 @@ static void refused(struct rn_stage *s, struct stage_guest_rx *g, int err)
 	}
 }
 
-/* Onto the link; rn_tap_done() or rn_tap_undo() is the caller's. 1: done with it, written or dropped; 0: the link is full. */
+/* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
 static int write_link(struct rn_stage *s, struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
 {
 	int err;
 
 	rn_tap_frame(s, RN_TAP_LINK, RN_PCAP_TO_GUEST, eth, len);
 	err = g->link.fd < 0 ? -ENODEV : fits(g, eth, len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
-	if (err == -EAGAIN)
+	if (err == -EAGAIN) {
+		rn_tap_undo(s); /* of the ring it came from too: it will come again */
 		return 0;
+	}
 	if (err) {
 		refused(s, g, err);
-		return 1;
+	} else {
+		s->c[RN_C_frames_out]++;
+		s->c[RN_C_bytes_out] += len;
+		if (g->pcap)
+			rn_pcap_frame(g->pcap, eth, len);
 	}
-	s->c[RN_C_frames_out]++;
-	s->c[RN_C_bytes_out] += len;
-	if (g->pcap)
-		rn_pcap_frame(g->pcap, eth, len);
+	rn_tap_done(s);
 	return 1;
 }
 
@@ -170,11 +173,10 @@ static int take_one(struct rn_stage *s, struct stage_guest_rx *g, uint32_t input
 	rn_tap_frame(s, input, RN_PCAP_TO_GUEST, eth, d->len);
 	if (RN_UNLIKELY(im)) {
 		rn_stage_impair_feed(s, im, eth, d->len, d->flags, NULL);
+		rn_tap_done(s);
 	} else if (!write_link(s, g, eth, d->len)) {
-		rn_tap_undo(s);
 		return 0;
 	}
-	rn_tap_done(s);
 	s->c[RN_C_frames_in]++;
 	s->c[RN_C_bytes_in] += d->len;
 	g->spent[g->nspent++] = b;
@@ -207,11 +209,9 @@ static int arrived(struct rn_stage *s, struct stage_guest_rx *g, struct rn_impai
 
 	for (n = 0; n < (int)(2 * RN_INPUTS_MAX * BURST) && !g->blocked && rn_impair_peek(im, s->now, s->draining, &f); n++) {
 		if (!write_link(s, g, f.vnet_then_frame + RN_VNET_HLEN, f.len)) {
-			rn_tap_undo(s);
 			*err = wait_writable(s, g);
 			break;
 		}
-		rn_tap_done(s);
 		rn_impair_pop(im);
 	}
 	s->impair_stuck[RN_IMPAIR_LINK] = (uint8_t)g->blocked;

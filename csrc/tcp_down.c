@@ -171,6 +171,12 @@ static ssize_t send_data(struct egress *e, uint32_t i, uint32_t seq, uint32_t ma
 	return n;
 }
 
+/* For whoever watches: what keeps the half from moving. */
+static void waits(struct egress *e, struct rn_flow *f, enum rn_wait what)
+{
+	rn_wait_set(&f->down.wait, &f->down.wait_ns, what, e->s->now);
+}
+
 /**
  * tcp_down_pump() - Send what the host socket has and the guest's window takes
  * Return: as tcp_work().
@@ -199,9 +205,12 @@ int tcp_down_pump(struct egress *e, uint32_t i)
 		max = wnd > flight ? wnd - flight : 0;
 		/* Silly window avoidance, the sender's side (RFC 9293 3.8.6.2.1): wait for a full segment or half the largest
 		 * window, unless nothing is in flight that would bring an ACK. */
-		if (flight && max < f->down.mss && max < x->wnd_max / 2)
+		if (flight && max < f->down.mss && max < x->wnd_max / 2) {
+			waits(e, f, f->down.snd_wnd ? RN_WAIT_ACK : RN_WAIT_WINDOW);
 			return 0;
+		}
 		if (!max) {
+			waits(e, f, RN_WAIT_WINDOW);
 			if (!flight && p->rto_at == UINT64_MAX) { /* closed window: probe it (RFC 9293 3.8.6.1) */
 				p->rto_at = tcp_rto_after(e, i);
 				tcp_set_timer(e, i);
@@ -222,6 +231,7 @@ int tcp_down_pump(struct egress *e, uint32_t i)
 				max = end - seq;
 		}
 		n = send_data(e, i, f->down.snd_nxt, max, 0);
+		waits(e, f, n == -ENOBUFS ? RN_WAIT_ROOM : RN_WAIT_NONE);
 		if (n == -ENOBUFS)
 			return -1;
 		if (n == -EAGAIN) {

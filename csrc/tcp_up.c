@@ -282,6 +282,7 @@ int tcp_up_flush(struct egress *e, uint32_t i)
 	}
 	if (f->up.rcv_nxt != start)
 		eg_work(e, i, W_ACK);
+	rn_wait_set(&f->up.wait, &f->up.wait_ns, p->flags & F_BLOCKED ? RN_WAIT_HOST : RN_WAIT_NONE, e->s->now);
 	park_rest(e, i);
 	check_fin(e, i);
 	return 0;

@@ -23,6 +23,20 @@ def duration(s: float) -> str:
     return f"{hours}h{minutes:02}m{seconds:02}s" if hours else f"{minutes}m{seconds:02}s"
 
 
+def span(s: float) -> str:
+    """340 ms, 1.2 s, 3m04s: how long something lasts."""
+    return f"{s * 1000:.0f} ms" if s < 0.9995 else f"{s:.1f} s" if s < 60 else duration(s)
+
+
+def bits(n: float) -> str:
+    """Bits a second: 12.3 G."""
+    for unit in ("", " k", " M", " G"):
+        if n < 999.5 or unit == " G":
+            return f"{n:.{0 if not unit or n >= 99.95 else 1 if n >= 9.995 else 2}f}{unit}"
+        n /= 1000
+    raise AssertionError
+
+
 def table(head: list[str], rows: list[list[str]], left: frozenset[int] = frozenset({0})) -> str:
     """Columns lined up: those in `left` to the left, numbers to the right."""
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]

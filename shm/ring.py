@@ -37,6 +37,7 @@ class RingStat(Struct, frozen=True, kw_only=True):
     slots: int
     asleep: bool  # the consumer blocks
     starved: bool  # the producer waits for room
+    high: int = 0  # most descriptors the consumer ever found waiting
 
     @property
     def fill(self) -> int:
@@ -60,7 +61,7 @@ class Ring(SharedObject):
         out = ffi.new("struct rn_ring_stat *")
         check(lib.rn_ring_stat(self.mem, self.size, out), self.name)
         return RingStat(head=out.head, tail=out.tail, slots=out.nslots, asleep=bool(out.asleep),
-                        starved=bool(out.starved))
+                        starved=bool(out.starved), high=out.high)
 
     def producer(self, bell: int = -1) -> RingProducer:
         """Be the one producer; `bell` is the consumer's eventfd, -1: never wake it."""

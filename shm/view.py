@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from typing import Self
 
 from msgspec import Struct
 
 from shm.cell import Cell, Session
-from shm.flows import Flow, Flows
+from shm.flows import Flow, Flows, Scan
 from shm.ring import Ring, RingStat
 
 
@@ -63,6 +64,18 @@ class MemoryView:
     def flows(self) -> list[Flow]:
         """Flow entries in use; empty if the session's table was not given."""
         return list(self._flows) if self._flows is not None else []
+
+    @property
+    def flows_max(self) -> int:
+        """Entries of the flow table."""
+        return len(self._flows) if self._flows is not None else 0
+
+    @cached_property
+    def scan(self) -> Scan:
+        """Looks at all flows at once. Raises ValueError if the session's table was not given."""
+        if self._flows is None:
+            raise ValueError("the session's flow table was not given")
+        return Scan(self._flows)
 
     def close(self) -> None:
         for obj in [self._session, *self._rings.values(), *([self._flows] if self._flows else [])]:

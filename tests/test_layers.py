@@ -36,6 +36,10 @@ CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhc
 COMMANDS |= {"nic2_helper"}
 CONTROL |= {"nic2_backends", "vm_nic2"}
 
+# Those that look at a session from outside, or tell of it.
+COMMANDS |= {"top", "flows"}
+CONTROL |= {"look"}
+
 
 def layer(module: str) -> str:
     """Layer of a dotted module name of ours. Raises KeyError for a module nobody gave a place."""

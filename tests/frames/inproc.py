@@ -148,9 +148,9 @@ def count(stage: Any, name: str) -> int:
 
 
 def counts(stage: Any) -> dict[str, int]:
-    """Counters that are not zero, without those about the loop itself."""
+    """Counters that are not zero, without those about the loop itself, and without what is only so now."""
     loop = {"turns", "sleeps", "wakes_sent", "stalls_room", "stalls_buf"}
-    return {n: v for n, i in COUNTERS.items() if n not in loop and (v := lib.rn_stage_counter(stage, i))}
+    return {n: v for n, i in COUNTERS.items() if n not in loop and not n.startswith("now_") and (v := lib.rn_stage_counter(stage, i))}
 
 
 GUEST_TX, CLASSIFY, EGRESS, SERVICES, GUEST_RX = range(5)

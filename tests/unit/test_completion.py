@@ -24,6 +24,7 @@ def complete(tmp_path: Path, *words: str) -> list[str]:
 
 @pytest.mark.parametrize(("words", "offered"), [
     (("ringnet", "c"), ["ctl", "capture", "completion"]),
+    (("ringnet", "fl"), ["flows"]),
     (("ringnet", "ctl", "f"), ["forward", "flows"]),
     (("ringnet", "ctl", "-s", ""), ["web"]),
     (("ringnet", "ctl", "-s", "web", "st"), ["status", "stages", "statistics", "step", "start"]),

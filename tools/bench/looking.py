@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""What looking at a session costs: bulk TCP with nobody looking, with captures, and with `ringnet top` at many flows.
+
+    tools/bench/looking.py [--seconds 2] [--repeat 5] [--flows 10000] [--mtu 4000] [--json FILE]
+
+nobody         one connection, up and then down, as fast as it goes
+capture flow   `ringnet capture all --flow ...` of another connection, which says a few bytes every 10 ms
+capture link   `ringnet capture link --snaplen 96` of everything
+top            `ringnet top -i 1`, with so many UDP mappings in the table
+
+Runs alternate; the table has medians, and the median of the ratios to the run with nobody looking just before, which is
+the figure to look at. Needs root (namespaces) and iperf3; leaves nothing behind.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from loss import SERVER, inside, namespace, sh, tcp_socket  # runs this again in the virtual environment, if it must
+
+REPO = Path(__file__).resolve().parent.parent.parent
+PORT, TALK_PORT = 5201, 5300
+MANY = """
+import socket, sys
+for n in range(int(sys.argv[1])):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("10.0.2.2", 20000 + n))
+        s.sendto(b"x", ("198.51.100.2", 9))
+    if n % 200 == 0:
+        with socket.create_connection(("198.51.100.2", 5300)) as s:
+            s.sendall(b"x")
+            s.recv(1)
+"""
+
+
+class Session:
+    """`ringnet attach` between two namespaces, an iperf3 server and an echo server on the host side."""
+
+    def __init__(self, stack: contextlib.ExitStack, mtu: int, flows: int) -> None:
+        self.host, self.guest = stack.enter_context(namespace("h")), stack.enter_context(namespace("g"))
+        sh("ip", "-n", self.host, "addr", "add", f"{SERVER}/32", "dev", "lo")
+        self.api = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "api")
+        ready, told = os.pipe()
+        self._start(stack, self.host, *self.ringnet("attach", f"/run/netns/{self.guest}"), "--config-net", "--mtu", str(mtu),
+                    "--udp-max", "15000", "--ready-fd", str(told), "--api-socket", self.api, "-q", fds=(told,))
+        os.close(told)
+        with os.fdopen(ready, "rb") as f:
+            if not select.select([f], [], [], 30)[0] or not f.read(1):
+                raise SystemExit("looking.py: ringnet did not get ready")
+        server = inside(self.host, tcp_socket)
+        server.settimeout(None)
+        server.bind((SERVER, TALK_PORT))
+        server.listen(64)
+        stack.callback(server.close)
+        stack.callback(server.shutdown, socket.SHUT_RDWR)
+        threading.Thread(target=self._echo, args=(server,), daemon=True).start()
+        self._start(stack, self.host, "iperf3", "-s", "-p", str(PORT))
+        self.flows = flows
+
+    @staticmethod
+    def ringnet(*args: str) -> list[str]:
+        return [sys.executable, "-P", "-m", "pipeline", *args]
+
+    @staticmethod
+    def _start(stack: contextlib.ExitStack, name: str, *argv: str, fds: tuple[int, ...] = ()) -> None:
+        process = subprocess.Popen(["ip", "netns", "exec", name, *argv], stdin=subprocess.DEVNULL, pass_fds=fds,
+                                   stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(REPO)})
+        stack.callback(process.wait)
+        stack.callback(process.send_signal, signal.SIGTERM)
+
+    @staticmethod
+    def _echo(server: socket.socket) -> None:
+        def serve(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                while data := connection.recv(1000):
+                    connection.sendall(data)
+
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+
+    def bulk(self, seconds: float) -> tuple[float, float]:
+        """Gbit/s up, down, by what arrived."""
+        out = []
+        for more in ((), ("-R",)):
+            done = subprocess.run(["ip", "netns", "exec", self.guest, "iperf3", "-c", SERVER, "-p", str(PORT), "-J", "-t",
+                                   str(seconds), "-O", "0.5", *more], capture_output=True, text=True, check=True)
+            out.append(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"] / 1e9)
+        return out[0], out[1]
+
+    @contextlib.contextmanager
+    def looking(self, *args: str) -> Iterator[subprocess.Popen[str]]:
+        """A command of ringnet's that looks, from its first word on."""
+        with subprocess.Popen([*self.ringnet(*args), "--api-socket", self.api], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPO)}) as process:
+            assert process.stdout and process.stderr
+            (process.stderr if args[0] == "capture" else process.stdout).readline()
+            try:
+                yield process
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.communicate()
+
+    @contextlib.contextmanager
+    def talk(self) -> Iterator[str]:
+        """A connection of the guest that says a few bytes every 10 ms: its flow's name."""
+        code = ("import socket, time\ns = socket.create_connection(('%s', %d))\nprint(s.getsockname()[1], flush=True)\n"
+                "while True:\n    s.sendall(b'hello')\n    s.recv(10)\n    time.sleep(0.01)\n" % (SERVER, TALK_PORT))
+        with subprocess.Popen(["ip", "netns", "exec", self.guest, sys.executable, "-c", code], stdout=subprocess.PIPE,
+                              text=True) as process:
+            assert process.stdout
+            port = process.stdout.readline().strip()
+            done = subprocess.run([*self.ringnet("flows", "--json", "--port", port, "--proto", "tcp"), "--api-socket",
+                                   self.api], capture_output=True, text=True, check=True, env=os.environ |
+                                  {"PYTHONPATH": str(REPO)})
+            try:
+                yield json.loads(done.stdout.splitlines()[0])["flow"]
+            finally:
+                process.kill()
+
+    def fill(self) -> None:
+        subprocess.run(["ip", "netns", "exec", self.guest, sys.executable, "-c", MANY, str(self.flows)], check=True)
+
+
+def run(session: Session, seconds: float, row: str, scratch: Path) -> tuple[tuple[float, float], dict[str, float]]:
+    """(Gbit/s up and down, what the looker says of itself)."""
+    more: dict[str, float] = {}
+    if row == "nobody":
+        return session.bulk(seconds), more
+    if row == "top":
+        session.fill()
+        with session.looking("top", "-i", "1", "--json") as top:
+            moved = session.bulk(seconds)
+            top.send_signal(signal.SIGINT)
+            assert top.stdout
+            looks = [json.loads(line) for line in top.stdout.read().splitlines()]
+        more = {"look_ms": statistics.median(k["took_ms"] for k in looks), "flows": max(k["flows"] for k in looks)}
+        return moved, more
+    with contextlib.ExitStack() as stack:
+        args = ["all", "--flow", stack.enter_context(session.talk())] if row == "capture flow" else \
+            ["link", "--snaplen", "96"]
+        with session.looking("capture", *args, "-w", str(scratch / "c.pcapng")) as capture:
+            moved = session.bulk(seconds)
+            capture.send_signal(signal.SIGINT)
+            assert capture.stderr
+            said = capture.stderr.read()
+        more = {"frames": float(said.split(" frames captured")[0].split()[-1]),
+                "lost": float(said.split("; ")[1].split()[0]) if "; " in said else 0.0}
+        return moved, more
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What looking at a session costs.")
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--flows", type=int, default=10_000)
+    parser.add_argument("--mtu", type=int, default=4000)
+    parser.add_argument("--json", metavar="FILE", default="")
+    args = parser.parse_args()
+    rows = ("nobody", "capture flow", "capture link", "top")
+    seen: dict[str, list[tuple[float, float]]] = {r: [] for r in rows}
+    ratios: dict[str, list[tuple[float, float]]] = {r: [] for r in rows}
+    said: dict[str, list[dict[str, float]]] = {r: [] for r in rows}
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        session = Session(stack, args.mtu, args.flows)
+        session.bulk(1)
+        for _ in range(args.repeat):
+            for row in rows[1:]:
+                base, _more = run(session, args.seconds, "nobody", scratch)
+                moved, more = run(session, args.seconds, row, scratch)
+                seen["nobody"].append(base)
+                seen[row].append(moved)
+                ratios[row].append((moved[0] / base[0], moved[1] / base[1]))
+                said[row].append(more)
+    out = []
+    for row in rows:
+        up, down = (statistics.median(v[i] for v in seen[row]) for i in (0, 1))
+        ratio = [statistics.median(v[i] for v in ratios[row]) for i in (0, 1)] if ratios[row] else [1.0, 1.0]
+        keys = said[row][0] if said[row] else {}
+        extra = {k: statistics.median(s[k] for s in said[row]) for k in keys}
+        out.append({"row": row, "up": up, "down": down, "ratio_up": ratio[0], "ratio_down": ratio[1], **extra})
+        print(f"{row:13} up {up:6.2f} Gbit/s ({ratio[0]:.2f})  down {down:6.2f} Gbit/s ({ratio[1]:.2f})  "
+              + ", ".join(f"{k} {v:g}" for k, v in extra.items()), flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
