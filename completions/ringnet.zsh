@@ -13,17 +13,17 @@ _ringnet() {
 			continue
 		fi
 		case "$path|$w" in
-		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--policy" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--nic2" | "run|--route" | "run|--promote" | "run|--seed" | "run|--impair" | "run|--hold" | "run|--restarts" | "run|--postmortem")
+		"run|--config" | "run|-m" | "run|--mtu" | "run|-a" | "run|--address" | "run|-n" | "run|--netmask" | "run|-g" | "run|--gateway" | "run|--mac" | "run|-D" | "run|--dns" | "run|-S" | "run|--search" | "run|--hosts" | "run|-t" | "run|--tcp-ports" | "run|-u" | "run|--udp-ports" | "run|--policy" | "run|--proxy" | "run|--no-proxy" | "run|--udp-without-proxy" | "run|-p" | "run|--pcap" | "run|--session" | "run|--api-socket" | "run|-P" | "run|--pid" | "run|-I" | "run|--ifname" | "run|--resolv-conf" | "run|--lease-file" | "run|--udp-max" | "run|--pending-max" | "run|--peek" | "run|--nic2" | "run|--route" | "run|--promote" | "run|--seed" | "run|--impair" | "run|--hold" | "run|--restarts" | "run|--postmortem" | "run|--metrics" | "run|--log-format" | "run|--log-level")
 			skip=1
 			option=$w
 			continue
 			;;
-		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--policy" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--nic2" | "attach|--route" | "attach|--promote" | "attach|--seed" | "attach|--impair" | "attach|--hold" | "attach|--restarts" | "attach|--postmortem")
+		"attach|--ready-fd" | "attach|--exit-fd" | "attach|--config" | "attach|-m" | "attach|--mtu" | "attach|-a" | "attach|--address" | "attach|-n" | "attach|--netmask" | "attach|-g" | "attach|--gateway" | "attach|--mac" | "attach|-D" | "attach|--dns" | "attach|-S" | "attach|--search" | "attach|--hosts" | "attach|-t" | "attach|--tcp-ports" | "attach|-u" | "attach|--udp-ports" | "attach|--policy" | "attach|--proxy" | "attach|--no-proxy" | "attach|--udp-without-proxy" | "attach|-p" | "attach|--pcap" | "attach|--session" | "attach|--api-socket" | "attach|-P" | "attach|--pid" | "attach|-I" | "attach|--ifname" | "attach|--tap" | "attach|--resolv-conf" | "attach|--lease-file" | "attach|--udp-max" | "attach|--pending-max" | "attach|--peek" | "attach|--nic2" | "attach|--route" | "attach|--promote" | "attach|--seed" | "attach|--impair" | "attach|--hold" | "attach|--restarts" | "attach|--postmortem" | "attach|--metrics" | "attach|--log-format" | "attach|--log-level")
 			skip=1
 			option=$w
 			continue
 			;;
-		"vm|--type" | "vm|--socket" | "vm|--fd" | "vm|--nic2-socket" | "vm|--nic2-fd" | "vm|--ready-fd" | "vm|--exit-fd" | "vm|--config" | "vm|-m" | "vm|--mtu" | "vm|-a" | "vm|--address" | "vm|-n" | "vm|--netmask" | "vm|-g" | "vm|--gateway" | "vm|--mac" | "vm|-D" | "vm|--dns" | "vm|-S" | "vm|--search" | "vm|--hosts" | "vm|-t" | "vm|--tcp-ports" | "vm|-u" | "vm|--udp-ports" | "vm|--policy" | "vm|--proxy" | "vm|--no-proxy" | "vm|--udp-without-proxy" | "vm|-p" | "vm|--pcap" | "vm|--session" | "vm|--api-socket" | "vm|-P" | "vm|--pid" | "vm|-I" | "vm|--ifname" | "vm|--resolv-conf" | "vm|--lease-file" | "vm|--udp-max" | "vm|--pending-max" | "vm|--peek" | "vm|--nic2" | "vm|--route" | "vm|--promote" | "vm|--seed" | "vm|--impair" | "vm|--hold" | "vm|--restarts" | "vm|--postmortem")
+		"vm|--type" | "vm|--socket" | "vm|--fd" | "vm|--nic2-socket" | "vm|--nic2-fd" | "vm|--ready-fd" | "vm|--exit-fd" | "vm|--config" | "vm|-m" | "vm|--mtu" | "vm|-a" | "vm|--address" | "vm|-n" | "vm|--netmask" | "vm|-g" | "vm|--gateway" | "vm|--mac" | "vm|-D" | "vm|--dns" | "vm|-S" | "vm|--search" | "vm|--hosts" | "vm|-t" | "vm|--tcp-ports" | "vm|-u" | "vm|--udp-ports" | "vm|--policy" | "vm|--proxy" | "vm|--no-proxy" | "vm|--udp-without-proxy" | "vm|-p" | "vm|--pcap" | "vm|--session" | "vm|--api-socket" | "vm|-P" | "vm|--pid" | "vm|-I" | "vm|--ifname" | "vm|--resolv-conf" | "vm|--lease-file" | "vm|--udp-max" | "vm|--pending-max" | "vm|--peek" | "vm|--nic2" | "vm|--route" | "vm|--promote" | "vm|--seed" | "vm|--impair" | "vm|--hold" | "vm|--restarts" | "vm|--postmortem" | "vm|--metrics" | "vm|--log-format" | "vm|--log-level")
 			skip=1
 			option=$w
 			continue
@@ -183,7 +183,7 @@ _ringnet() {
 			option=$w
 			continue
 			;;
-		"ctl log|-s" | "ctl log|--session" | "ctl log|--api-socket")
+		"ctl log|-s" | "ctl log|--session" | "ctl log|--api-socket" | "ctl log|--stage")
 			skip=1
 			option=$w
 			continue
@@ -245,7 +245,7 @@ _ringnet() {
 			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl policy ls" | "ctl policy replace" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "top" | "flows" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "nic2-helper" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl policy ls" | "ctl policy replace" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "doctor" | "top" | "flows" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "nic2-helper" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -350,10 +350,10 @@ _ringnet() {
 		return
 	fi
 	case "$path" in
-	"") COMPREPLY=($(compgen -W "run attach vm demo ctl capture top flows explain postmortem passt slirp4netns completion nic2-helper stage -h --help --version" -- "$cur")) ;;
-	"run") COMPREPLY=($(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
-	"attach") COMPREPLY=($(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
-	"vm") COMPREPLY=($(compgen -W "-h --help --type --socket --fd --nic2-socket --nic2-fd -1 --one-off --vnet-hdr --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --stats -q --quiet -d --debug" -- "$cur")) ;;
+	"") COMPREPLY=($(compgen -W "run attach vm demo ctl capture doctor top flows explain postmortem passt slirp4netns completion nic2-helper stage -h --help --version" -- "$cur")) ;;
+	"run") COMPREPLY=($(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --metrics --log-format --log-level --stats -q --quiet -d --debug" -- "$cur")) ;;
+	"attach") COMPREPLY=($(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --metrics --log-format --log-level --stats -q --quiet -d --debug" -- "$cur")) ;;
+	"vm") COMPREPLY=($(compgen -W "-h --help --type --socket --fd --nic2-socket --nic2-fd -1 --one-off --vnet-hdr --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --seed --impair --hold --restarts --postmortem --metrics --log-format --log-level --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"demo") COMPREPLY=($(compgen -W "" -- "$cur")) ;;
 	"ctl") COMPREPLY=($(compgen -W "ls status stages statistics forward hosts flows close policy hold release pause step resume impair latency dump log events cancel start -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl ls") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
@@ -386,11 +386,12 @@ _ringnet() {
 	"ctl impair rm") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl latency") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl dump") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json" -- "$cur")) ;;
-	"ctl log") COMPREPLY=($(compgen -W "error warning info debug -h --help -s --session --api-socket --json" -- "$cur")) ;;
+	"ctl log") COMPREPLY=($(compgen -W "error warning info debug -h --help -s --session --api-socket --json --stage" -- "$cur")) ;;
 	"ctl events") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --count" -- "$cur")) ;;
 	"ctl cancel") COMPREPLY=($(compgen -W "nic1 nic2 -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"ctl start") COMPREPLY=($(compgen -W "nic2 -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"capture") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -w --write --host --port --proto --flow --drops --snaplen -c --count --file-size --files --buffer -q --quiet" -- "$cur")) ;;
+	"doctor") COMPREPLY=($(compgen -W "-h --help --json -q --quiet" -- "$cur")) ;;
 	"top") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json -i --interval -n --count --sort --flows --plain" -- "$cur")) ;;
 	"flows") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --proto --host --port --waiting --sort -n --most -i --interval --watch" -- "$cur")) ;;
 	"explain") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -n --last --json" -- "$cur")) ;;

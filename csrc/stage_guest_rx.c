@@ -189,14 +189,8 @@ static int out(struct rn_stage *s, const uint8_t *eth, uint32_t len)
 	struct stage_guest_rx *g = s->priv;
 	struct rn_impair *im = s->impair[RN_IMPAIR_LINK];
 
-	if (RN_LIKELY(!im)) {
-		if (!write_link(s, g, eth, len)) {
-			rn_tap_undo(s);
-			return 0;
-		}
-		rn_tap_done(s);
-		return 1;
-	}
+	if (RN_LIKELY(!im))
+		return write_link(s, g, eth, len);
 	rn_stage_impair_feed(s, im, eth, len, RN_DESC_VNET, NULL);
 	return 1;
 }

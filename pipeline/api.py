@@ -507,6 +507,7 @@ class Log(Call, kw_only=True):
 
     call = "log"
     level: Level
+    stage: str | None = None  # only this one's ("supervisor" is the session itself); null: all
 
 
 class CancelNic(Call, kw_only=True):

@@ -24,6 +24,7 @@ not start. `ringnet run` otherwise ends with the command's own status (128 + n i
 OWN_PARSERS = {
     "ctl": "look at a running session, and change it",
     "capture": "write frames of a running session as pcapng",
+    "doctor": "say what this machine lacks for ringnet",
     "top": "watch a running session: stages, rings, drops, busiest flows",
     "flows": "every flow of a session, and in words what it waits for",
     "explain": "what the stages decided about a flow, a drop counter or an address",

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 
 from pipeline import nic2
 from pipeline.forwards import Auto, Forward, ForwardSyntaxError, Proto, autos, parse_all
+from pipeline.logs import parse_levels
 from pipeline.policy import PolicyEntry, PolicyError, PolicyRule, effective, entries
 from pipeline.proxies import Plan, ProxyError, chosen, plan
 from pipeline.topology import TOPOLOGY, Feature, Role
@@ -234,6 +235,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
                                   " session's", "", "N", ge=0, le=1000)] = 5
     postmortem: Annotated[str, _opt("when a stage dies (and on SIGQUIT) write what is in shared memory, but no frame,"
                                     " below this directory: `ringnet postmortem` reads it", "", "DIR")] = ""
+    metrics: Annotated[str, _opt("serve metrics (docs/metrics.md): a loopback port, ADDR:PORT of loopback, or unix:PATH", "",
+                                 "WHERE")] = ""
+    log_format: Annotated[str, _opt("standard error as text, or json: an object a line", "", "HOW",
+                                    pattern="^(text|json)$")] = "text"
+    log_level: Annotated[tuple[str, ...], _opt("error, warning, info or debug, for all or as STAGE=LEVEL; may be repeated",
+                                               "", "LEVEL", max_length=32)] = ()
     stats: Annotated[bool, _opt("print each stage's counters at the end")] = False
     quiet: Annotated[bool, _opt("print errors only", "q")] = False
     debug: Annotated[bool, _opt("print what happens, and --stats", "d")] = False
@@ -241,6 +248,14 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     @property
     def network(self) -> ipaddress.IPv4Network:
         return ipaddress.IPv4Network(f"{self.gateway}/{self.netmask}", strict=False)
+
+    def log_levels(self) -> dict[str, str]:
+        """--log-level by stage; "": all others. -d is info, -q error. Raises ConfigError."""
+        try:
+            given = parse_levels(self.log_level, tuple(s.name for s in TOPOLOGY.stages))
+        except ValueError as e:
+            raise ConfigError(f"--log-level {e}") from None
+        return {"": "info" if self.debug else "error" if self.quiet else "warning"} | given
 
     def impairments(self) -> tuple[Impair, ...]:
         """--impair, parsed. Raises ConfigError."""
@@ -464,6 +479,9 @@ def check(s: Settings) -> Settings:
     except ProxyError as e:
         raise ConfigError(f"--no-proxy {e}") from None
     _check_nic2(s)
+    s.log_levels()
+    if s.metrics:
+        metrics_address(s.metrics)
     places = [i.place for i in s.impairments()]
     for text, place in zip(s.impair, places, strict=True):
         if places.count(place) > 1:
@@ -490,6 +508,27 @@ def _check_nic2(s: Settings) -> None:
     for n, one in enumerate(routes):
         if any(one.network.overlaps(other.network) for other in routes[:n]):
             raise ConfigError(f"--route {s.route[n]}: overlaps another --route")
+
+
+def metrics_address(spec: str) -> str | tuple[str, int]:
+    """Where metrics are served: path of a Unix socket, or (address, port). Raises ConfigError."""
+    if spec.startswith("unix:"):
+        path = spec.removeprefix("unix:")
+        if not path or len(path.encode()) > 107:  # unix(7): 108 with the NUL
+            raise ConfigError(f"--metrics {spec}: a socket's path has 1..107 bytes")
+        return os.path.abspath(path)
+    host, _, port = spec.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not (port.isascii() and port.isdecimal() and int(port) < 65536):
+        raise ConfigError(f"--metrics {spec}: expected a port 0..65535 (0: a free one), ADDR:PORT or unix:PATH")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(f"--metrics {spec}: {host} is no loopback address; metrics are for this machine (put a proxy in"
+                          " front to reach them from elsewhere)")
+    return host, int(port)
 
 
 def get_mac_pattern() -> str:

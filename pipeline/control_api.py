@@ -746,7 +746,9 @@ class ControlApi:
         return api.Nothing()
 
     def _log(self, client: Client, call: api.Log, done: Done) -> api.Nothing:
-        self.session.set_log_level(call.level)
+        if call.stage not in (None, "supervisor", *(s.name for s in self.session.topology.stages)):
+            raise ApiError(Code.BAD_ARGS, f"stage: {call.stage}: no such stage")
+        self.session.set_log_level(call.level, call.stage)
         return api.Nothing()
 
     def _cancel(self, client: Client, call: api.CancelNic, done: Done) -> api.Nothing:

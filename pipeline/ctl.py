@@ -128,6 +128,7 @@ def parser() -> Parser:
     p.add_argument("directory", metavar="DIR")
     p = add(commands, "log", log, "how much the session says on standard error")
     p.add_argument("level", choices=get_args(Level))
+    p.add_argument("--stage", metavar="NAME", help="only this stage's (supervisor: the session itself)")
     p = add(commands, "events", events, "what happens, as it happens")
     p.add_argument("event", nargs="*", metavar="EVENT", help=f"only these: {', '.join(api.EVENTS)}")
     p.add_argument("--count", type=int, default=0, metavar="N", help="end after so many")
@@ -322,7 +323,7 @@ def policy_replace(client: Client, args: argparse.Namespace, out: Output) -> Non
 
 
 def log(client: Client, args: argparse.Namespace, out: Output) -> None:
-    out.show(client.call(api.Log(level=args.level)), None)
+    out.show(client.call(api.Log(level=args.level, stage=args.stage)), None)
 
 
 def hold(client: Client, args: argparse.Namespace, out: Output) -> None:

@@ -24,8 +24,8 @@ def parser() -> Parser:
     p = Parser(prog="ringnet flows", allow_abbrev=False, parents=[common()], epilog=EPILOG,
                description="Every flow of a running session, and in words what it waits for. FLOW, like 12.3: all that is"
                            " known of one.")
-    p.add_argument("flow", nargs="?", metavar="FLOW")
-    p.add_argument("--proto", choices=["tcp", "udp", "icmp"])
+    p.add_argument("flow", nargs="?", metavar="FLOW", help="all that is known of this one")
+    p.add_argument("--proto", choices=["tcp", "udp", "icmp"], help="only this protocol")
     p.add_argument("--host", metavar="ADDR", default="", help="only flows of this address, either end")
     p.add_argument("--port", type=int, metavar="N", default=0, help="only flows of this port, either end")
     p.add_argument("--waiting", action="store_true", help="only those that wait for something")

@@ -20,8 +20,10 @@ from typing import NamedTuple, NoReturn
 from pipeline import monitor, netlink
 from pipeline.config import LinkKind, Settings
 from pipeline.control_api import ControlApi
+from pipeline.logs import Log
 from pipeline.messages import Exit
 from pipeline.hostside import Host, HostSideError
+from pipeline.metrics import MetricsServer
 from pipeline.netns import (
     SIGNALS,
     Configured,
@@ -44,6 +46,7 @@ from pipeline.netns import (
 from pipeline.netns import Stopped as CommandStopped
 from pipeline.nic2_backends import backend_for
 from pipeline.second_nic import SecondNic
+from pipeline.service_manager import ServiceManager, Told
 from pipeline.session_dir import SessionDirError
 from pipeline.supervisor import Link, Result, Session, SessionError, Signals, describe_status
 
@@ -53,8 +56,24 @@ SECOND_IFNAME = "tap1"  # of the guest's second interface, unless --nic2 says
 TAP_DEADLINE = 30.0  # s for making namespaces and a tap, on a busy machine
 
 
+LOG = Log("supervisor")
+
+
 def say(text: str) -> None:
-    print(f"ringnet: {text}", file=sys.stderr, flush=True)
+    """To the user, whatever the log level."""
+    LOG.write("warning", text, always=True)
+
+
+def set_up_log(settings: Settings) -> None:
+    """What say() and info() write from now on."""
+    levels = settings.log_levels()
+    LOG.form, LOG.session = settings.log_format, settings.session or str(os.getpid())
+    LOG.level = levels.get("supervisor", levels[""])
+
+
+def info(text: str) -> None:
+    """What happens, for who asked to be told (Session.info)."""
+    LOG.write("info", text, always=True)
 
 
 class GuestLink(NamedTuple):
@@ -198,8 +217,9 @@ class HostSide:
 def _session(settings: Settings, tap: GuestLink, host: HostSide, gone: Callable[[], None]) -> Session:
     """A session on the tap; gone: what to do when the interface is removed."""
     link = Link(fd=tap.fd, kind="tap", vnet=True, name=settings.ifname, tables=tap.tables)
-    session = Session(settings, link=link, nic2=host.second_nic(tap.second), log=say if settings.debug else None, warn=say,
-                      name=settings.session or str(os.getpid()))
+    session = Session(settings, link=link, nic2=host.second_nic(tap.second), log=info if LOG.wants("info") else None,
+                      warn=say, name=settings.session or str(os.getpid()))
+    session.info = info
 
     def changed() -> None:
         if tap.index in netlink.links_removed(tap.events):
@@ -208,6 +228,21 @@ def _session(settings: Settings, tap: GuestLink, host: HostSide, gone: Callable[
 
     session.watch(tap.events.fileno(), changed)
     return session
+
+
+@contextlib.contextmanager
+def _metrics(settings: Settings, session: Session) -> Iterator[None]:
+    """--metrics, for as long as we serve. Raises SessionError."""
+    if not settings.metrics:
+        yield
+        return
+    server = MetricsServer(session, settings.metrics, name=session.name)
+    if not settings.quiet and settings.metrics.rpartition(":")[2] == "0":
+        say(f"metrics are at port {server.port}")
+    try:
+        yield
+    finally:
+        server.close()
 
 
 @contextlib.contextmanager
@@ -313,7 +348,8 @@ class Run:
 
     def main(self) -> int:
         ignored = frozenset(s for s in SIGNALS if signal.getsignal(s) == signal.SIG_IGN)
-        s = self.settings
+        s, told = self.settings, Told.take(os.environ)
+        set_up_log(s)
         with Signals(*SIGNALS) as signals, contextlib.ExitStack() as stack:
             self.signals = signals
 
@@ -343,7 +379,9 @@ class Run:
                 stack.callback(self.session.close)
                 stack.callback(self.session.stop)
                 stack.enter_context(_control(s, self.session))
+                stack.enter_context(_metrics(s, self.session))
                 stack.enter_context(_pid_file(s.pid))
+                self.service = stack.enter_context(contextlib.closing(ServiceManager(self.session, told)))
                 _invite(self.session, "the command starts")
                 self.session.seats.when_whole(lambda: self.guest.line.send(Go()))
                 result = self._serve()
@@ -383,6 +421,7 @@ class Run:
                 self._configured(c)
             case Spawned(contained=contained):
                 self.guest.contained = contained
+                self.service.ready()
             case CommandStopped():
                 foreground = _stop_with_the_command()
                 with contextlib.suppress(BrokenPipeError):
@@ -434,7 +473,8 @@ class Attach:
         self.config_net, self.ready_fd, self.exit_fd = config_net, ready_fd, exit_fd
 
     def main(self) -> int:
-        s = self.settings
+        s, told = self.settings, Told.take(os.environ)
+        set_up_log(s)
         wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *([signal.SIGQUIT] if s.postmortem else [])]
         with Signals(*wanted) as signals, contextlib.ExitStack() as stack:
             self.signals = signals
@@ -464,7 +504,9 @@ class Attach:
                 stack.callback(self.session.close)
                 stack.callback(self.session.stop)
                 stack.enter_context(_control(s, self.session))
+                stack.enter_context(_metrics(s, self.session))
                 stack.enter_context(_pid_file(s.pid))
+                self.service = stack.enter_context(contextlib.closing(ServiceManager(self.session, told)))
                 _invite(self.session, "the guest is configured, and --ready-fd told,")
                 self.session.seats.when_whole(self._go)
                 result = self.session.run()
@@ -518,6 +560,7 @@ class Attach:
                 self.session.end("the process that configures the namespace was killed", Exit.RUNTIME)
 
     def _ready(self) -> None:
+        self.service.ready()
         if self.ready_fd >= 0:
             with contextlib.suppress(BrokenPipeError):  # nobody waits any more
                 os.write(self.ready_fd, b"1")
@@ -531,17 +574,20 @@ def attach(settings: Settings, target: str, *, config_net: bool, ready_fd: int =
 
 
 @contextlib.contextmanager
-def serving(settings: Settings, session: Session) -> Iterator[None]:
-    """A session without a namespace of ours: started, with control API and pid file, ended at the end of the block.
-    Raises SessionError."""
+def serving(settings: Settings, session: Session) -> Iterator[ServiceManager]:
+    """A session without a namespace of ours: started, with control API, metrics and pid file, ended at the end of the block.
+    Who serves says when it is ready. Raises SessionError."""
     with contextlib.ExitStack() as stack:
+        told = Told.take(os.environ)
         session.start()
         stack.callback(session.close)
         stack.callback(session.stop)
         stack.enter_context(_control(settings, session))
+        stack.enter_context(_metrics(settings, session))
         stack.enter_context(_pid_file(settings.pid))
+        service = stack.enter_context(contextlib.closing(ServiceManager(session, told)))
         _invite(session, "frames move")
-        yield
+        yield service
 
 
 def outcome(settings: Settings, session: Session, result: Result) -> int:

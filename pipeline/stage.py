@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import logging
 import os
 import resource
 import select
@@ -25,6 +24,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from pipeline.logs import Log, for_stage, set_level
 from pipeline.messages import (
     VERSION,
     Answer,
@@ -82,10 +82,13 @@ class Memory(tuple[CData, int]):
     __slots__ = ()
 
 
+_LOGS: list[Log] = []  # the process's one, set by main()
+
+
 def set_log_level(level: str) -> None:
     """How much of our own logging goes to standard error."""
-    logging.basicConfig(format="ringnet: %(name)s: %(message)s")
-    logging.getLogger("ringnet").setLevel(level.upper())
+    for log in _LOGS:
+        set_level(log, level)
 
 
 def _check(rc: int, what: str, stage: CData) -> None:
@@ -465,6 +468,7 @@ def main(argv: list[str], *, by_hand: bool = False) -> int:
               " (N: an inherited AF_UNIX SOCK_SEQPACKET socket; the supervisor makes it)", file=sys.stderr)
         return StageExit.USAGE
     name = argv[0]
+    _LOGS[:] = [for_stage(name)]
     lib.rn_os_set_name(f"rn-{name}".encode())
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     if by_hand:

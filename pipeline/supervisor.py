@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from pipeline import api, dumps
+from pipeline import api, dumps, logs
 from pipeline.auto_forwards import Follower
 from pipeline.config import ConfigError, LinkKind, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
@@ -315,7 +315,8 @@ class Session:
         self._follower: Follower | None = None
         self._configs: dict[str, dict[str, Any]] = {}
         self.policy = PolicyBook(settings.policy_rules())
-        self._level: Level | None = None  # set while it runs
+        self._levels: dict[str, Level] = {}  # set while it runs, by stage; "": all
+        self.info: Callable[[str], None] | None = None  # where `info` goes if it is asked for while the session runs
         self.impairments = {i.place: (text, i) for text, i in zip(settings.impair, settings.impairments(), strict=True)}
         self.seats = Seats(self, settings.hold, settings.restarts)
         self.nic2 = nic2
@@ -611,8 +612,8 @@ class Session:
                 child.state = State.STARTING
                 self._send(child, Start())
             case State.RUNNING:
-                if self._level is not None:
-                    self.ask(child.decl.name, LogLevel(level=self._level), lambda error: None)
+                if (level := self._levels.get(child.decl.name, self._levels.get(""))) is not None:
+                    self.ask(child.decl.name, LogLevel(level=level), lambda error: None)
                 if child.decl.flows:
                     for ask, fds in self._listeners.again():
                         self.ask(child.decl.name, ask, lambda error: self._warn(error) if error else None, fds)
@@ -726,12 +727,13 @@ class Session:
             self._hear(child)
         return answers[0]
 
-    def set_log_level(self, level: Level) -> None:
-        """What is said on standard error from now on: `info` and `debug` tell each step of the stages."""
-        self._log = self._warn if level in ("info", "debug") else lambda text: None
-        self._level = level
+    def set_log_level(self, level: Level, stage: str | None = None) -> None:
+        """What is said on standard error from now on, by all or by one: `info` and `debug` tell each step of the stages."""
+        if stage in (None, "supervisor"):
+            self._log = self.info or self._warn if level in ("info", "debug") else lambda text: None
+        self._levels = ({"": level} if stage is None else self._levels | {stage: level})
         for child in self.children:
-            if child.state is State.RUNNING:
+            if child.state is State.RUNNING and stage in (None, child.decl.name):
                 self.ask(child.decl.name, LogLevel(level=level), lambda error: None)
 
     def _send(self, child: Child, message: Message, fds: Iterable[int] = ()) -> None:
@@ -992,7 +994,10 @@ class Session:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = str(Path(__file__).resolve().parent.parent)
         path = os.environ.get("PYTHONPATH")
+        levels = self.settings.log_levels()
         env = dict(os.environ, PYTHONPATH=f"{root}{os.pathsep}{path}" if path else root)
+        env |= {logs.FORMAT_VARIABLE: self.settings.log_format, logs.SESSION_VARIABLE: self.name,
+                logs.LEVEL_VARIABLE: levels.get(child.decl.name, levels[""])}
         # -P: the current directory must not shadow our packages. stdout is the guest command's.
         argv = [sys.executable, "-P", "-m", "pipeline", "stage", child.decl.name, "--control-fd", str(theirs.fileno())]
         with theirs:

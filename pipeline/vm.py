@@ -24,7 +24,7 @@ from pipeline.config import ConfigError, LinkKind, Settings
 from pipeline.doors import DgramDoor, Door, DoorError, Peer, StreamDoor
 from pipeline.hostside import HostSideError
 from pipeline.messages import Exit
-from pipeline.runner import HostSide, outcome, say, serving
+from pipeline.runner import LOG, HostSide, info, outcome, say, serving, set_up_log
 from pipeline.supervisor import Link, Session, SessionError, Signals
 from pipeline.vm_nic2 import SecondDoor
 from pipeline.vm_types import TYPES, VmOptions, check
@@ -107,6 +107,7 @@ class Vm:
 
     def main(self) -> int:
         s, o = self.settings, self.options
+        set_up_log(s)
         with Signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals, contextlib.ExitStack() as stack:
             self.signals = signals
             try:
@@ -123,20 +124,23 @@ class Vm:
                     self._warn(f"the second NIC's MAC address must be {f.mac}, its MTU is {f.mtu}"
                                + (f", and it will have {f.address}" if f.address else ""))
                 link = Link(fd=o.fd, kind=self.kind, vnet=o.vnet_hdr or self.kind == "tap", name=o.type)
-                self.session = Session(s, link=link, nic2=nic2, log=say if s.debug else None, warn=say, name=s.session or str(os.getpid()))
+                self.session = Session(s, link=link, nic2=nic2, log=info if LOG.wants("info") else None, warn=say,
+                                       name=s.session or str(os.getpid()))
+                self.session.info = info
                 self.session.on_link_end = self._left
                 if self.kind == "stream":
                     self.session.seats.listeners.append(self._seated)
                 self.session.watch(signals.fileno(), self._signalled)
                 if o.exit_fd >= 0:
                     self._watch_exit_fd()
-                with serving(s, self.session):
+                with serving(s, self.session) as service:
                     stack.callback(self._part)
                     if self.door is not None:
                         self._wait()
                     if second is not None:
                         second.wait(self.session)
                     self._ready()
+                    service.ready()
                     result = self.session.run()
             except (DoorError, HostSideError) as e:
                 say(str(e.args[0]))

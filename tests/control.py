@@ -127,7 +127,7 @@ class FakeSession:
     def end(self, reason: str) -> None:
         self.ending = True
 
-    def set_log_level(self, level: str) -> None:
+    def set_log_level(self, level: str, stage: str | None = None) -> None:
         self.level = level
 
     def change_policy(self, rules: Iterable[str], then: Callable[[str], None]) -> None:

@@ -37,8 +37,9 @@ COMMANDS |= {"nic2_helper"}
 CONTROL |= {"nic2_backends", "vm_nic2"}
 
 # Those that look at a session from outside, or tell of it.
-COMMANDS |= {"top", "flows"}
-CONTROL |= {"look"}
+DECLARATIONS |= {"logs"}
+COMMANDS |= {"top", "flows", "doctor", "manual"}
+CONTROL |= {"look", "metrics", "service_manager"}
 
 
 def layer(module: str) -> str:

@@ -116,6 +116,7 @@ def test_one_flow_into_a_pipe_live(session: Attached, guest_ns: Netns, host_ns: 
     with host_ns.listen() as listener, guest_ns.socket() as mine, guest_ns.socket() as other:
         pairs = []
         for s in (mine, other):
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a frame each
             s.connect((GATEWAY, listener.getsockname()[1]))
             pairs.append(listener.accept()[0])
         with Client(tmp_path / "api") as client:
