@@ -127,6 +127,7 @@ struct egress {
 	uint32_t nflows, used;
 	struct flow_priv *priv;
 	uint32_t free_head; /* chain by hash_next */
+	uint32_t fresh;	    /* entries from here on were never used: nothing of theirs is touched, so that idle memory is not there */
 	uint32_t *hash;	    /* heads; power of two */
 	uint32_t hash_mask;
 	uint32_t wheel[EG_WHEEL + 1]; /* the last list: due, their handlers still to be called */
@@ -185,6 +186,11 @@ uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16
 		uint16_t pport, const uint8_t mac[6]);
 /* Out of hash, wheel, queue, LRU; host socket closed; entry free. Parked segments must be gone. */
 void eg_drop(struct egress *e, uint32_t i);
+/* No entry is free; one in TIME-WAIT may make room. */
+static inline int eg_full(const struct egress *e)
+{
+	return e->free_head == EG_NONE && e->fresh == e->nflows;
+}
 static inline struct rn_flow *eg_flow(struct egress *e, uint32_t i)
 {
 	return &e->flows->flow[i];

@@ -157,7 +157,7 @@ static uint32_t new_mapping(struct egress *e, const uint8_t guest[16], uint16_t 
 
 	while (e->icmp_lru.n >= ICMP_MAPPINGS)
 		evict(e);
-	if (e->free_head == EG_NONE)
+	if (eg_full(e))
 		evict(e);
 	fd = open_ping(e);
 	if (fd < 0 && (fd != -EACCES || e->cfg.raw_icmp_fd < 0))

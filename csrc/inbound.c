@@ -208,7 +208,7 @@ int stage_egress_unlisten(struct rn_stage *s, uint32_t slot, int close_flows)
 		return -ENOENT;
 	l = &in->l[slot];
 	if (l->nflows || (close_flows && l->proto == RN_IPPROTO_TCP)) {
-		for (uint32_t i = 0; i < e->nflows; i++) {
+		for (uint32_t i = 0; i < e->fresh; i++) {
 			if (!e->priv[i].proto || in->flow[i].serial != l->serial)
 				continue;
 			if (l->proto == RN_IPPROTO_TCP)
@@ -360,7 +360,7 @@ static struct in_guest *known(struct egress *e, const uint8_t ip[4])
 /* Connections whose SYN waits for this address. */
 static void answered(struct egress *e, const uint8_t ip[4])
 {
-	for (uint32_t i = 0; e->in->nasked && i < e->nflows; i++)
+	for (uint32_t i = 0; e->in->nasked && i < e->fresh; i++)
 		if (e->priv[i].proto == RN_IPPROTO_TCP && e->in->flow[i].serial && !memcmp(eg_flow(e, i)->guest_addr + 12, ip, 4))
 			tcp_in_mac(e, i);
 }

@@ -120,7 +120,7 @@ void promote_reset(struct egress *e, int tx)
 {
 	uint8_t has = tx ? FP_TX : FP_RX;
 
-	for (uint32_t i = 0; i < e->nflows; i++) {
+	for (uint32_t i = 0; i < e->fresh; i++) {
 		struct flow_priv *q = &e->priv[i];
 
 		if (!q->proto || !(q->fast & has))

@@ -227,14 +227,17 @@ uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16
 	struct rn_flow *fl;
 
 	/* A flow in TIME-WAIT has no socket, no parked data and no work but an ACK: it only remembers. */
-	if (e->free_head == EG_NONE && e->tw_lru.head != EG_NONE)
+	if (eg_full(e) && e->tw_lru.head != EG_NONE)
 		eg_drop(e, e->tw_lru.head);
 	i = e->free_head;
-	if (i == EG_NONE)
+	if (i == EG_NONE && e->fresh == e->nflows)
 		return EG_NONE;
+	if (i == EG_NONE)
+		i = e->fresh++;
+	else
+		e->free_head = e->priv[i].hash_next;
 	p = &e->priv[i];
 	fl = eg_flow(e, i);
-	e->free_head = p->hash_next;
 	e->used++;
 
 	*p = (struct flow_priv){
@@ -421,7 +424,7 @@ int stage_egress_close_flow(struct rn_stage *s, uint32_t i, uint32_t gen)
 {
 	struct egress *e = s->priv;
 
-	if (i >= e->nflows || !e->priv[i].proto || eg_flow(e, i)->gen != gen)
+	if (i >= e->fresh || !e->priv[i].proto || eg_flow(e, i)->gen != gen)
 		return -ENOENT;
 	s->now = rn_stage_now(s);
 	if (e->priv[i].proto == RN_IPPROTO_TCP)
@@ -995,7 +998,7 @@ static void take_notice(struct egress *e, const struct rn_desc *d, uint32_t row)
 {
 	uint32_t i = rn_fn_flow(d);
 
-	if (i >= e->nflows || !e->fast) {
+	if (i >= e->fresh || !e->fast) {
 		e->s->c[RN_C_drop_bad_descriptor]++;
 		return;
 	}
@@ -1103,7 +1106,7 @@ static void egress_event(struct rn_stage *s, uint32_t tag, uint32_t index, uint3
 		proxy_event(e, index, events);
 		return;
 	}
-	if (tag != RN_TAG_FLOW || index >= e->nflows || e->priv[index].fd < 0)
+	if (tag != RN_TAG_FLOW || index >= e->fresh || e->priv[index].fd < 0)
 		return;
 	switch (e->priv[index].proto) {
 	case RN_IPPROTO_TCP:
@@ -1152,7 +1155,7 @@ static void egress_fini(struct rn_stage *s)
 	tcp_fini(e);
 	udp_fini(e);
 	icmp_fini(e);
-	for (uint32_t i = 0; i < e->nflows; i++)
+	for (uint32_t i = 0; i < e->fresh; i++)
 		if (e->priv[i].proto)
 			eg_drop(e, i);
 	run_backlog(e);
@@ -1184,16 +1187,13 @@ static int init_tables(struct egress *e)
 	for (uint32_t k = 0; k <= EG_WHEEL; k++)
 		e->wheel[k] = EG_NONE;
 	e->free_head = EG_NONE;
-	for (uint32_t i = e->nflows; i-- > 0;) {
+	/* What a predecessor left has no socket any more; of the first generation the table is zero, which says free. */
+	for (uint32_t i = 0; e->s->generation > 1 && i < e->nflows; i++) {
 		struct rn_flow *fl = eg_flow(e, i);
 
-		/* What a predecessor left has no socket any more. */
 		atomic_store_explicit(&fl->state, RN_FL_FREE, memory_order_relaxed);
 		atomic_store_explicit(&fl->up.owner, 0, memory_order_release); /* F1 */
 		atomic_store_explicit(&fl->down.owner, 0, memory_order_release);
-		e->priv[i].fd = -1;
-		e->priv[i].hash_next = e->free_head;
-		e->free_head = i;
 	}
 	e->work_head = e->work_tail = EG_NONE;
 	e->udp_lru = e->icmp_lru = e->tw_lru = (struct eg_lru){ .head = EG_NONE, .tail = EG_NONE };

@@ -911,7 +911,7 @@ void tcp_fini(struct egress *e)
 	if (!t)
 		return;
 	if (t->flow && t->nodes) {
-		for (uint32_t i = 0; i < e->nflows; i++) {
+		for (uint32_t i = 0; i < e->fresh; i++) {
 			struct rn_flow *f = eg_flow(e, i);
 			uint8_t st = get_state(f);
 

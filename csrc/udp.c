@@ -115,7 +115,7 @@ void udp_make_room(struct egress *e, uint32_t fds)
 		evict(e);
 	while (e->nfds + fds - 1 + EG_FD_RESERVE >= e->cfg.nfile && evict(e))
 		;
-	if (e->free_head == EG_NONE)
+	if (eg_full(e))
 		evict(e);
 }
 

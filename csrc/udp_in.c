@@ -62,7 +62,7 @@ static uint32_t new_mapping(struct egress *e, uint32_t slot, const struct from *
 
 	while (in->lru.n >= e->cfg.udp_max)
 		evict(e);
-	if (e->free_head == EG_NONE && e->tw_lru.head == EG_NONE && !evict(e))
+	if (eg_full(e) && e->tw_lru.head == EG_NONE && !evict(e))
 		return EG_NONE;
 	inbound_guest(e, l, g4);
 	inbound_peer(e, from->client, p4);

@@ -111,7 +111,7 @@ void udp_notice(struct egress *e, uint32_t i, enum rn_flow_notice n)
 
 void udp_policy_changed(struct egress *e)
 {
-	for (uint32_t i = 0; e->fast && i < e->nflows; i++)
+	for (uint32_t i = 0; e->fast && i < e->fresh; i++)
 		if (e->priv[i].proto == RN_IPPROTO_UDP)
 			udp_promote_end_up(e, i);
 }

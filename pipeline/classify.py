@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from pipeline.config import Ipv4, Mac, Mtu
 from pipeline.stage import Ended, StageContext, StageError
+from pipeline.units import Ipv4, Mac, Mtu
 from shm._dataplane import ffi, lib
 
 

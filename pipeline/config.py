@@ -19,11 +19,11 @@ from msgspec import Meta, Struct
 from pipeline import nic2
 from pipeline.forwards import Auto, Forward, ForwardSyntaxError, Proto, autos, parse_all
 from pipeline.logs import parse_levels
-from pipeline.policy import PolicyEntry, PolicyError, PolicyRule, effective, entries
+from pipeline.policy import PolicyError, PolicyRule, effective, entries
 from pipeline.proxies import Plan, ProxyError, chosen, plan
 from pipeline.topology import TOPOLOGY, Feature, Role
+from pipeline.units import MTU_MAX, MTU_MIN, Impair, Ipv4, LinkKind, Mac, Mtu, PolicyEntry
 
-MTU_MIN, MTU_MAX = 576, 65520  # RFC 791 3.2: every host takes 576; 65520: largest the peers of a tap use
 ETH_HLEN, VLAN_HLEN = 14, 4  # bytes
 FRAME_MAX = 65535 + ETH_HLEN  # super-frame: IPv4 total length limit (RFC 791 3.1)
 IFNAME_MAX = 15  # bytes (IFNAMSIZ - 1)
@@ -32,11 +32,6 @@ SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}\Z"
 FORWARDS_OWNER = "options"  # of forwards by -t and -u
 POOL_MAX = 4096  # addresses leased at most, whatever the subnet's size
 
-LinkKind = Literal["tap", "dgram", "stream"]  # csrc/rn_link.h
-Mtu = Annotated[int, Meta(ge=MTU_MIN, le=MTU_MAX)]  # bytes of L3
-Mac = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")]
-Ipv4 = Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$")]
-
 
 class ConfigError(ValueError):
     """A setting is wrong; the text is one line that begins with --option."""
@@ -44,36 +39,6 @@ class ConfigError(ValueError):
 
 def _opt(description: str, flag: str = "", arg: str = "", **bounds: Any) -> Meta:
     return Meta(description=description, extra={"flag": flag, "arg": arg}, **bounds)
-
-
-class Impair(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One --impair, parsed: a bad wire in one place (csrc/rn_impair.h). Probabilities in 2^-32, times in ns."""
-
-    place: str  # "up", "down" or a ring's name
-    stage: str  # that has it,
-    output: int  # at which of its outputs: enum rn_role; LINK_OUTPUT: between it and the link
-    keep_offloads: bool = False  # super-frames pass as one frame, instead of never being made
-    seed: int = 1
-    drop: int = 0
-    burst_enter: int = 0
-    burst_leave: int = 0
-    dup: int = 0
-    reorder: int = 0
-    reorder_gap: int = 3  # frames that overtake
-    corrupt: int = 0
-    corrupt_bits: int = 1  # more may cancel out in a 16-bit checksum
-    truncate: int = 0
-    delay_ns: int = 0
-    jitter_ns: int = 0
-    stall_ns: int = 0
-    stall_every_ns: int = 0
-
-    def spec(self) -> dict[str, int]:
-        """Fields of struct rn_impair_spec. Places with one seed do different things."""
-        numbers = {n: getattr(self, n) for n in self.__struct_fields__}
-        for name in ("place", "stage", "output", "keep_offloads"):
-            del numbers[name]
-        return numbers | {"seed": self.seed ^ zlib.crc32(self.place.encode()) << 32}
 
 
 LINK_OUTPUT = len(Role)  # RN_IMPAIR_LINK

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from pipeline.config import Ipv4, Mac, Mtu, Plan, PolicyEntry
 from pipeline.messages import CloseFlow, ForwardsChange, Notices, PolicyChange, Refused, Rule
+from pipeline.proxies import Plan
 from pipeline.stage import Ended, StageContext, StageError
+from pipeline.units import Ipv4, Mac, Mtu, PolicyEntry
 from shm._dataplane import ffi, lib
 
 DNS_PATH_MAX = 106  # bytes of an abstract Unix address (unix(7): 108 less the leading NUL), one spare for C's NUL

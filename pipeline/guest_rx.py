@@ -14,8 +14,8 @@ import ipaddress
 
 from msgspec import Struct
 
-from pipeline.config import Ipv4, LinkKind, Mac, Mtu
 from pipeline.stage import Ended, GuestLink, SecondLink, StageContext, StageError
+from pipeline.units import Ipv4, LinkKind, Mac, Mtu
 from shm._dataplane import ffi, lib
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import logging
 import os
 import sys
 import time
@@ -77,6 +75,8 @@ class Log:
             return
         held, bucket.held = bucket.held, 0
         if self.form == "json":
+            import json  # only who writes it pays for it; and text need not be Unicode, which msgspec would refuse
+
             line = json.dumps({
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
                 "level": level, "stage": self.stage, "session": self.session, "pid": os.getpid(), "text": text,
@@ -93,31 +93,25 @@ class Log:
                 print(data, end="", file=sys.stderr, flush=True)
 
 
-class Handler(logging.Handler):
-    """Python's own logging into a Log: what a stage's modules say."""
-
-    def __init__(self, log: Log) -> None:
-        super().__init__()
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level = "error" if record.levelno >= logging.ERROR else "warning" if record.levelno >= logging.WARNING else \
-            "info" if record.levelno >= logging.INFO else "debug"
-        part = record.name.removeprefix("ringnet.").removeprefix(self._log.stage).lstrip(".")
-        self._log.write(level, f"{part}: {record.getMessage()}" if part else record.getMessage())
-
-
 def for_stage(stage: str, environ: Mapping[str, str] = os.environ) -> Log:
-    """The log of a stage, as its supervisor set it up; Python's logging goes there from now on."""
+    """The log of a stage, as its supervisor set it up."""
     log = Log(stage, form=environ.get(FORMAT_VARIABLE, "text"), level=environ.get(LEVEL_VARIABLE, "warning"),
               session=environ.get(SESSION_VARIABLE, ""))
-    logger = logging.getLogger("ringnet")
-    logger.handlers[:] = [Handler(log)]
-    logger.propagate = False
-    set_level(log, log.level)
+    take_over(log)
     return log
+
+
+def take_over(log: Log) -> None:
+    """Python's logging goes to this log from now on, if the process has it: to import it is a MiB, which stages that never
+    log by it do not pay."""
+    if "logging" in sys.modules:
+        from pipeline.log_handler import take
+
+        take(log)
+        set_level(log, log.level)
 
 
 def set_level(log: Log, level: str) -> None:
     log.level = level
-    logging.getLogger("ringnet").setLevel(level.upper())
+    if "logging" in sys.modules:
+        sys.modules["logging"].getLogger("ringnet").setLevel(level.upper())

@@ -39,7 +39,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from pipeline.config import Impair, PolicyEntry
+from pipeline.units import Impair, PolicyEntry
 
 VERSION = 1  # of this file; supervisor and stage are one build, so they must be equal
 PACKET_MAX = 65536  # bytes of one message

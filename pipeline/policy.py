@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta, Struct
+from msgspec import Struct
+
+from pipeline.units import PolicyEntry, Port
 
 RULES_MAX = 1024  # networks times port ranges, of all rules: POLICY_RULES_MAX (csrc/policy.h)
 PROTOS = ("tcp", "udp", "icmp")
@@ -24,8 +26,6 @@ WAYS = ("out", "in")
 METADATA = ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "fd20:ce::254/128", "100.100.100.200/32")
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")  # IPv4 as the data plane has it (RFC 4291 2.5.5.2)
 _LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
-
-Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class PolicyError(ValueError):
@@ -59,20 +59,6 @@ class PolicyRule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             else:
                 found.append(net)
         return found
-
-
-class PolicyEntry(Struct, frozen=True, array_like=True):
-    """One network and one range of ports of a rule, as egress is told (struct policy_rule, csrc/policy.h). Small: all of them
-    fit one message."""
-
-    name: Annotated[int, Meta(ge=0, lt=1 << 31)]  # the rule's, in refusals
-    deny: bool
-    ways: Annotated[int, Meta(ge=1, le=3)]  # bits: WAYS
-    protos: Annotated[int, Meta(ge=1, le=7)]  # bits: PROTOS
-    net: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    prefix: Annotated[int, Meta(ge=0, le=128)]
-    port_min: Port
-    port_max: Port
 
 
 def entries(rules: Iterable[PolicyRule], first: int = 0) -> tuple[PolicyEntry, ...]:

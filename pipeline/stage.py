@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from pipeline.logs import Log, for_stage, set_level
+from pipeline.logs import Log, for_stage, set_level, take_over
 from pipeline.messages import (
     VERSION,
     Answer,
@@ -421,6 +421,8 @@ def serve(name: str, channel: Channel, wake: int = -1) -> Ended:
     if (conf.version, conf.stage) != (VERSION, name):
         raise MessageError(f"Configure of version {conf.version} for {conf.stage!r}; this is {VERSION} and {name!r}")
     module = importlib.import_module(f"pipeline.{name}")
+    for log in _LOGS:
+        take_over(log)
     try:
         cfg = msgspec.msgpack.decode(conf.config, type=module.Config)
     except msgspec.ValidationError as e:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -51,7 +50,7 @@ def new_segment(what: str, size: int) -> int:
     if size <= 0:
         raise ValueError(f"{what}: size {size}")
     while True:
-        name = f"/rn-{secrets.token_hex(4)}-{what}"
+        name = f"/rn-{os.urandom(4).hex()}-{what}"
         if len(name) > NAME_MAX:
             raise ValueError(f"{name}: over {NAME_MAX} characters")
         try:

@@ -26,7 +26,7 @@ from pipeline.topology import TOPOLOGY
 REPO = Path(__file__).resolve().parent.parent
 ALONE = frozenset({"replay", "host_script"})  # one stage in one process: knows control, and loads a stage file by name
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
-DECLARATIONS = frozenset({"topology", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2", "pcapng",
+DECLARATIONS = frozenset({"topology", "units", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2", "pcapng",
                           "vm_types"})
 COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture", "explain", "postmortem", "passt",
                       "slirp4netns"})
@@ -37,7 +37,7 @@ COMMANDS |= {"nic2_helper"}
 CONTROL |= {"nic2_backends", "vm_nic2"}
 
 # Those that look at a session from outside, or tell of it.
-DECLARATIONS |= {"logs"}
+DECLARATIONS |= {"logs", "log_handler"}
 COMMANDS |= {"top", "flows", "doctor", "manual"}
 CONTROL |= {"look", "metrics", "service_manager"}
 
@@ -68,7 +68,8 @@ def allowed(importer: str, imported: str) -> bool:
              "control": {"shm", "declarations"}, "commands": {"shm", "declarations", "control"},
              "alone": {"shm", "declarations", "control", "stage"}, "main": {"commands", "stage", "alone"}}
     if who.startswith("stage file"):
-        return what in ("shm", "stage") or imported in ("pipeline.config", "pipeline.messages")
+        return what in ("shm", "stage") or imported in ("pipeline.config", "pipeline.messages", "pipeline.proxies",
+                                                             "pipeline.units")
     return what in below[who]
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from pipeline import logs
 from pipeline.config import ConfigError, make
-from pipeline.logs import BURST, RATE, Handler, Log, parse_levels
+from pipeline.log_handler import Handler
+from pipeline.logs import BURST, RATE, Log, parse_levels
 
 STAGES = ("guest_tx", "egress")
 
