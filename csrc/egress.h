@@ -95,6 +95,7 @@ struct flow_priv {
 	uint8_t to4[4];	     /* UDP: destination of the last datagrams, as the guest calls it, */
 	uint16_t to_port;    /* host order, */
 	uint32_t run;	     /* and how many in a row */
+	uint32_t got;	     /* UDP: datagrams for the guest that egress read */
 	uint8_t fast_backoff; /* times down was taken back without having been of use for long */
 	uint64_t fast_at;    /* ns: down is not offered before */
 	/* Where the host socket and the halves stood when they were first offered: what repairs a half whose owner was killed */

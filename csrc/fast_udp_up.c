@@ -1,7 +1,7 @@
 /* fast_udp_up.c - promoted UDP mappings, guest to host: datagrams to one peer from the link straight to the host socket.
  *
- * Datagrams of a turn that go to one peer and have one size (the last may be shorter) are gathered and handed to the kernel
- * as one (UDP_SEGMENT, udp(7)), which then walks its stack once for up to BATCH of them. egress approved of the peer, and of
+ * The first datagram of a turn is sent at once. Those behind it that go to one peer and have one size (the last may be
+ * shorter) are gathered and handed to the kernel as one (UDP_SEGMENT, udp(7)), which then walks its stack once for up to BATCH of them. egress approved of the peer, and of
  * the DF bit that the socket is set to; any other peer, DF bit or short TTL goes the usual way.
  */
 #include "fast_up_internal.h"
@@ -19,6 +19,7 @@
 
 struct udp_batch {
 	uint32_t flow, n, bytes, size; /* n: datagrams, 0: none; size: of each, the last one may have less */
+	int again;		       /* 1: not the first datagram of this turn */
 	int no_segment;		       /* 1: the kernel refused UDP_SEGMENT once */
 	uint8_t buf[BATCH_BYTES + 2048];
 };
@@ -65,6 +66,7 @@ void fast_udp_flush(struct fast_up *u)
 	struct cmsghdr *c = CMSG_FIRSTHDR(&m);
 	uint16_t size = (uint16_t)b->size;
 
+	b->again = 0;
 	if (!b->n)
 		return;
 	if (ff->proto != RN_IPPROTO_UDP) {
@@ -110,6 +112,10 @@ int fast_udp_take(struct fast_up *u, uint32_t i, const uint8_t *eth, const struc
 	memcpy(b->buf + b->bytes, eth + p->payload_off, len);
 	b->bytes += len;
 	b->n++;
+	if (!b->again) { /* at once: a lone datagram is asked for an answer, and must not wait for others that do not come */
+		fast_udp_flush(u);
+		b->again = 1;
+	}
 	f->up.bytes += len;
 	f->up.packets++;
 	RN_SHOW(f->last_ns, u->s->now);

@@ -505,6 +505,11 @@ static void impair_end(struct rn_stage *s, uint32_t where)
 	s->impair[where] = NULL;
 }
 
+void rn_stage_publish_now(struct rn_stage *s, int role)
+{
+	publish(s, (uint32_t)role);
+}
+
 void rn_stage_publish(struct rn_stage *s)
 {
 	for (uint32_t i = 0; i < RN_NROLES; i++)
@@ -647,7 +652,8 @@ void rn_stage_begin(struct rn_stage *s)
 	s->turn_free[RN_LARGE] = s->pool.free[RN_LARGE];
 }
 
-void rn_stage_end(struct rn_stage *s)
+/* What ends a turn, but for the publishing of counters. */
+static void end_turn(struct rn_stage *s)
 {
 	for (uint32_t i = 0; RN_UNLIKELY(s->impaired) && i < RN_NROLES; i++)
 		if (s->impair[i])
@@ -666,9 +672,14 @@ void rn_stage_end(struct rn_stage *s)
 			s->c[RN_C_stalls_room]++;
 			break;
 		}
-	publish_counters(s);
 	if (s->cell)
 		atomic_store_explicit(&s->cell->heartbeat_ns, s->now, memory_order_relaxed);
+}
+
+void rn_stage_end(struct rn_stage *s)
+{
+	end_turn(s);
+	publish_counters(s);
 }
 
 /* Withdraw all requests for a wake-up. */
@@ -809,15 +820,7 @@ static int dispatch(struct rn_stage *s, const struct epoll_event *ev, int n)
 	return control;
 }
 
-/**
- * rn_stage_run() - Move frames until Python is needed
- * @s:		Stage with everything granted, after its kind's init
- *
- * May be called again after any return but RN_RUN_ERROR, and goes on.
- *
- * Return: enum rn_run. RN_RUN_SIGNAL is also returned every 100 ms of uninterrupted work.
- */
-int rn_stage_run(struct rn_stage *s)
+static int run_loop(struct rn_stage *s)
 {
 	struct epoll_event ev[EVENTS_MAX];
 	uint64_t since = rn_now_ns();
@@ -834,7 +837,7 @@ int rn_stage_run(struct rn_stage *s)
 			return stand(s);
 		rn_stage_begin(s);
 		work = s->ops->turn(s);
-		rn_stage_end(s);
+		end_turn(s);
 		if (RN_UNLIKELY(work < 0 || s->broken)) {
 			if (!s->error[0])
 				rn_fail(s, work, "turn failed: %s", strerror(-work));
@@ -857,6 +860,7 @@ int rn_stage_run(struct rn_stage *s)
 			if (++busy < BUSY_TURNS)
 				continue;
 			busy = 0;
+			publish_counters(s); /* a page of stores: not each turn, or each message would pay for two or three */
 			n = epoll_wait(s->epfd, ev, EVENTS_MAX, 0);
 			if (n > 0) {
 				if (s->bells[s->row] >= 0)
@@ -884,6 +888,22 @@ int rn_stage_run(struct rn_stage *s)
 		if (RN_UNLIKELY(rn_stage_stopped(s)))
 			return RN_RUN_STOPPED;
 	}
+}
+
+/**
+ * rn_stage_run() - Move frames until Python is needed
+ * @s:		Stage with everything granted, after its kind's init
+ *
+ * May be called again after any return but RN_RUN_ERROR, and goes on.
+ *
+ * Return: enum rn_run. RN_RUN_SIGNAL is also returned every 100 ms of uninterrupted work.
+ */
+int rn_stage_run(struct rn_stage *s)
+{
+	int why = run_loop(s);
+
+	publish_counters(s);
+	return why;
 }
 
 /**

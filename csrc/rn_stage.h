@@ -236,6 +236,9 @@ int rn_stage_watch(struct rn_stage *s, int fd, uint32_t events, uint64_t data); 
 /* Publish every output ring that has unpublished slots. The loop does it after each turn. */
 void rn_stage_publish(struct rn_stage *s);
 
+/* Publish one output now: what its consumer has to do then begins while this turn goes on. */
+void rn_stage_publish_now(struct rn_stage *s, int role);
+
 /* Put a finished frame on an output: @eth points at the Ethernet header inside @b. The caller has seen
  * rn_stage_room(). Counts nothing. */
 void rn_stage_emit(struct rn_stage *s, int role, struct rn_buf *b, const uint8_t *eth, uint32_t len, uint16_t flags);

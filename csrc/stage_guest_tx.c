@@ -158,6 +158,8 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 	rn_stage_emit(s, way == FAST_UP_BRIDGE ? RN_ROLE_BRIDGE : RN_ROLE_CLASSIFY, b, eth, len, flags);
 	s->c[RN_C_frames_out]++;
 	s->c[RN_C_bytes_out] += len;
+	if (way == FAST_UP_BRIDGE) /* egress begins while we look whether there is more: a connection is short */
+		rn_stage_publish_now(s, RN_ROLE_BRIDGE);
 	if (t->fast)
 		fast_up_sent(t->fast);
 }

@@ -557,6 +557,7 @@ int udp_work(struct egress *e, uint32_t i)
 	if (got) {
 		p->big = (uint8_t)seen_big;
 		udp_refresh(e, i, 1);
+		udp_promote_down(e, i, (uint32_t)got);
 	}
 	if (err == EAGAIN || (got && (uint32_t)got < n)) {
 		p->work &= ~UDP_W_READ; /* empty; the next datagram is a new edge */

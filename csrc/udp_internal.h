@@ -39,6 +39,7 @@ void udp_refresh(struct egress *e, uint32_t i, int answer);
 
 /* udp_promote.c: a datagram was sent to @host4, which is what its destination is on the host side. */
 void udp_promote(struct egress *e, uint32_t i, const struct eg_frame *f, const uint8_t host4[4]);
+void udp_promote_down(struct egress *e, uint32_t i, uint32_t got); /* so many came for the guest */
 void udp_promote_end_up(struct egress *e, uint32_t i); /* guest_tx sends no more of this mapping's */
 
 #endif

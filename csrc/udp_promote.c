@@ -1,7 +1,7 @@
 /* udp_promote.c - which UDP mappings are promoted (rules: rn_promote.h).
  *
- * A mapping that sent cfg.after datagrams in a row to one peer is settled. guest_rx then reads the socket, whoever sends to
- * it; guest_tx sends what goes to that peer. To other peers datagrams go the usual way, through the same socket. So both
+ * A mapping that sent cfg.after datagrams in a row to one peer, or was sent as many, is settled. guest_rx then reads the
+ * socket, whoever sends to it; guest_tx sends what goes to that peer, if the guest does send. To other peers datagrams go the usual way, through the same socket. So both
  * stages may send at any time, and no order is lost that UDP had.
  *
  * down stays with guest_rx to the end: it may have the kernel join datagrams (UDP_GRO), which egress could not take apart.
@@ -58,6 +58,16 @@ static void take_down(struct egress *e, uint32_t i)
 	(void)eg_rewatch(e, i, EPOLLIN | EPOLLET);
 	e->s->c[RN_C_recalled_down]++;
 	eg_work(e, i, UDP_W_READ);
+}
+
+void udp_promote_down(struct egress *e, uint32_t i, uint32_t got)
+{
+	struct flow_priv *p = &e->priv[i];
+	const struct egress_promote *cfg = promote_config(e);
+
+	p->got += got;
+	if (cfg && p->got >= cfg->after && !(p->fast & FP_DOWN))
+		(void)lend_down(e, i);
 }
 
 void udp_promote_end_up(struct egress *e, uint32_t i)
