@@ -30,6 +30,7 @@ IFNAME_MAX = 15  # bytes (IFNAMSIZ - 1)
 DOMAIN = "ringnet.internal"
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}\Z"
 FORWARDS_OWNER = "options"  # of forwards by -t and -u
+CPUS_MAX = 1024  # sched_setaffinity(2): a cpu_set_t
 POOL_MAX = 4096  # addresses leased at most, whatever the subnet's size
 
 
@@ -191,6 +192,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         max_length=nic2.ROUTES_MAX)] = ()
     promote: Annotated[int, _opt("segments with data after which a flow is run by the link's stages, without a hop; 0: never",
                                  "", "N", ge=0, le=1000000)] = 8
+    cpus: Annotated[tuple[str, ...], _opt("CPUs a stage may run on, like guest_tx=0, egress=0,1 or 0-3 for all stages; may be"
+                                          " repeated. Without it the kernel decides", "", "STAGE=LIST")] = ()
     seed: Annotated[int, _opt("for tests: repeatable sequence numbers; 0 is random", "", "N", ge=0)] = 0
     impair: Annotated[tuple[str, ...], _opt("for tests: a bad wire at up, down or a ring, like up:drop=0.01,delay=5ms;"
                                             " may be repeated", "", "SPEC", max_length=16)] = ()
@@ -213,6 +216,28 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     @property
     def network(self) -> ipaddress.IPv4Network:
         return ipaddress.IPv4Network(f"{self.gateway}/{self.netmask}", strict=False)
+
+    def placement(self) -> dict[str, frozenset[int]]:
+        """--cpus by stage; "": all others. Raises ConfigError."""
+        stages = [s.name for s in TOPOLOGY.stages]
+        found: dict[str, frozenset[int]] = {}
+        for text in self.cpus:
+            stage, equals, numbers = text.rpartition("=")
+            if equals and stage not in stages:
+                raise ConfigError(f"--cpus {text}: no such stage; there are {', '.join(stages)}")
+            chosen: set[int] = set()
+            for part in numbers.split(","):
+                first, dash, last = part.partition("-")
+                if not (first.isascii() and first.isdecimal()) or dash and not (last.isascii() and last.isdecimal()):
+                    raise ConfigError(f"--cpus {text}: {part or 'nothing'}: expected a CPU, like 0, or a range, like 0-3")
+                if int(last or first) >= CPUS_MAX:
+                    raise ConfigError(f"--cpus {text}: {part}: is over {CPUS_MAX - 1}")
+                chosen |= set(range(int(first), int(last or first) + 1))
+            if not chosen & os.sched_getaffinity(0):
+                raise ConfigError(f"--cpus {text}: none of these CPUs is ours; there are"
+                                  f" {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
+            found[stage] = frozenset(chosen)
+        return found
 
     def log_levels(self) -> dict[str, str]:
         """--log-level by stage; "": all others. -d is info, -q error. Raises ConfigError."""
@@ -445,6 +470,7 @@ def check(s: Settings) -> Settings:
         raise ConfigError(f"--no-proxy {e}") from None
     _check_nic2(s)
     s.log_levels()
+    s.placement()
     if s.metrics:
         metrics_address(s.metrics)
     places = [i.place for i in s.impairments()]

@@ -1007,6 +1007,12 @@ class Session:
             except OSError as e:
                 ours.close()
                 raise SessionError(Exit.RUNTIME, f"cannot start stage {child.decl.name}: {e.strerror}") from e
+        placement = self.settings.placement()
+        if (cpus := placement.get(child.decl.name, placement.get(""))) is not None:
+            try:
+                os.sched_setaffinity(child.popen.pid, cpus)
+            except ProcessLookupError:
+                pass  # it ended already; its pidfd tells
         self._watch_child(child, ours, child.popen.pid, os.pidfd_open(child.popen.pid))
 
     def _watch_child(self, child: Child, ours: socket.socket, pid: int, pidfd: int) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import os
 import re
 from pathlib import Path
 
@@ -171,3 +172,18 @@ def test_hosts_flags_add_up() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Settings().mtu = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("nobody=0", "no such stage; there are guest_tx"), ("egress=", "nothing: expected a CPU"), ("x", "x: expected a CPU"),
+    ("0-", "expected a CPU"), ("egress=1024", "is over 1023"), ("900-1000", "none of these CPUs is ours; there are"),
+])
+def test_cpus_that_are_none(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make({"cpus": [text]})
+
+
+def test_cpus_by_stage() -> None:
+    first = min(os.sched_getaffinity(0))
+    s = make({"cpus": [f"{first}-{first + 2}", f"egress={first}"]})
+    assert s.placement() == {"": frozenset(range(first, first + 3)), "egress": frozenset({first})}

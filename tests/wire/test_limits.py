@@ -371,3 +371,11 @@ def test_syn_flood_through_the_pipeline(make_wire) -> None:
         alive(c)
         grown = {name: n - before[name] for name, n in memory(w).items()}
         assert max(grown.values()) < 4 << 20, grown
+
+
+def test_stages_run_where_they_are_told(make_wire):
+    first = min(os.sched_getaffinity(0))
+    w: Wire = make_wire(cpus=[f"egress={first}"])
+    stages = w.session.stages()
+    assert os.sched_getaffinity(stages["egress"]) == {first}
+    assert os.sched_getaffinity(stages["guest_tx"]) == os.sched_getaffinity(0)
