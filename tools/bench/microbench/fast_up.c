@@ -119,12 +119,13 @@ static uint64_t segments(void *ctx, uint32_t n)
 		for (uint32_t i = 0; i < burst; i++) {
 			uint32_t size = micro_frame(v.frame + RN_VNET_HLEN, SPORT, DPORT, v.nxt, 1, RN_TH_ACK, len, 0);
 			uint64_t t;
+			struct rn_parsed parsed;
 			int taken;
 
 			v.nxt += len;
 			micro_timed = 1;
 			t = micro_now();
-			taken = fast_up_take(v.up, v.frame + RN_VNET_HLEN, size, RN_DESC_VNET);
+			taken = fast_up_take(v.up, v.frame + RN_VNET_HLEN, size, RN_DESC_VNET, &parsed) == FAST_UP_DONE;
 			if (i + 1 == burst)
 				NEED(!fast_up_flush(v.up));
 			spent += micro_now() - t;
