@@ -413,6 +413,22 @@ static void watch_room(struct fast_up *u, uint32_t i)
 		ff->watched = 2;
 }
 
+static void make_late(struct fast_up *u, uint32_t i)
+{
+	struct fast_flow *ff = &u->flow[i];
+
+	if (ff->late)
+		return;
+	ff->late = 1;
+	ff->late_next = NONE;
+	ff->late_due = u->s->now + DELAY_NS;
+	if (u->late == NONE)
+		u->late = i;
+	else
+		u->flow[u->late_tail].late_next = i;
+	u->late_tail = i;
+}
+
 /* I3. Never back (RFC 9293 3.8.6), and not by crumbs (3.8.6.2.2). 1: it moved. */
 static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 {
@@ -440,8 +456,13 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 		wnd = room;
 		moved = 1;
 	}
-	if (wnd < ff->sndbuf / 4 && wnd < limit && ff->watched != 2)
-		watch_room(u, i);
+	if (wnd < ff->sndbuf / 4 && wnd < limit && ff->watched != 2) {
+		/* Told of room just now, and it is little: the kernel would tell of the same again at once, and again. */
+		if (ff->told_window)
+			make_late(u, i);
+		else
+			watch_room(u, i);
+	}
 	rn_wait_set(&f->up.wait, &f->up.wait_ns, out && wnd < 2u * mtu ? RN_WAIT_HOST : RN_WAIT_NONE, u->s->now);
 	return moved;
 }
@@ -475,22 +496,6 @@ static int write_ack(struct fast_up *u, struct rn_flow *f, const struct rn_tcpse
 	return 0;
 }
 
-static void make_late(struct fast_up *u, uint32_t i)
-{
-	struct fast_flow *ff = &u->flow[i];
-
-	if (ff->late)
-		return;
-	ff->late = 1;
-	ff->late_next = NONE;
-	ff->late_due = u->s->now + DELAY_NS;
-	if (u->late == NONE)
-		u->late = i;
-	else
-		u->flow[u->late_tail].late_next = i;
-	u->late_tail = i;
-}
-
 /* Tell the guest what is owed to it. @due: 1: no waiting for an answer any more. 0, or -EAGAIN. */
 static int tell(struct fast_up *u, uint32_t i, int due)
 {
@@ -511,7 +516,7 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 		else
 			ff->in_turn = 0;
 	}
-	if (acked == f->up.rcv_nxt && !(moved && ff->told_window))
+	if (acked == f->up.rcv_nxt && !(moved && (ff->told_window || due)))
 		goto leave;
 	if (!due && !ff->told_window && f->up.rcv_nxt - acked < 2u * (u->cfg.parse.mtu - 40u)) {
 		make_late(u, i);

@@ -5,6 +5,7 @@
  * half of one moment and half of the next. That is good enough to look at, and nothing is decided by it.
  */
 #include "rn_flow.h"
+#include "rn_promote.h"
 
 #include <errno.h>
 #include <string.h>
@@ -103,8 +104,8 @@ int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_vie
 		.up_fin = f->up.fin,
 		.down_fin = f->down.fin,
 		/* F2: acquire, pairs F1. */
-		.up_owner = atomic_load_explicit(&f->up.owner, memory_order_acquire),
-		.down_owner = atomic_load_explicit(&f->down.owner, memory_order_acquire),
+		.up_owner = atomic_load_explicit(&f->up.owner, memory_order_acquire) & ~RN_OWNER_BUSY,
+		.down_owner = atomic_load_explicit(&f->down.owner, memory_order_acquire) & ~RN_OWNER_BUSY,
 		.created_ns = f->created_ns,
 		.last_ns = f->last_ns,
 		.up_bytes = f->up.bytes,

@@ -154,7 +154,7 @@ static inline int rn_acks_wake(struct rn_acks *k)
 
 	/* The store of ack_wnd before this load, for everybody: else both could miss the other's (pairs K3). */
 	atomic_thread_fence(memory_order_seq_cst);
-	want = atomic_load_explicit(&k->want, memory_order_relaxed);
+	want = atomic_load_explicit(&k->want, memory_order_acquire); /* pairs K3: want_ack was written before it */
 	if (want == RN_WANT_NOTHING)
 		return 0;
 	if (want == RN_WANT_ACK) {

@@ -1,0 +1,649 @@
+"""Promoted flows (csrc/rn_promote.h): handed over when settled, handed back for all that is not simple, no byte lost.
+
+Raw frames over a link whose writes are whole frames, through the whole pipeline, with promotion after two segments. Who
+has which half is read from the flow table.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pipeline.messages import CloseFlow
+from tests.harness import DEADLINE, GATEWAY, GUEST, UDP, Wire, fresh_port, udp, udp_server
+from tests.wire.guest_tcp import ACK, FIN, M32, PSH, RST, SYN, URG, GuestTcp, ethernet, ipv4
+from tests.wire.test_control import answer, flow_of
+from tests.wire.test_tcp import connection, read_exactly, sack_option
+
+pytestmark = pytest.mark.parametrize("wire", [{"promote": 2}], indirect=True)
+
+THERE = ("guest_tx", "guest_rx")
+STAGES = ("guest_tx", "guest_rx", "egress")
+
+
+def owners(wire: Wire, port: int) -> tuple[str, str]:
+    """Names of the stages that have up and down."""
+    flow = flow_of(wire, port)
+    assert flow is not None, "the flow is gone"
+    names = [s.name for s in wire.session.topology.stages]
+    return names[flow.up_owner], names[flow.down_owner]
+
+
+def settle(wire: Wire, g: GuestTcp, host: socket.socket) -> None:
+    """Exchange single bytes until the flow is promoted (again: it waits longer each time it was taken back)."""
+    end = time.monotonic() + DEADLINE
+    while True:
+        g.push(b"s")
+        assert read_exactly(host, 1) == b"s"
+        g.wait_ack()
+        if owners(wire, g.sport) == THERE:
+            return
+        assert time.monotonic() < end, f"not promoted: {owners(wire, g.sport)}"
+
+
+@contextlib.contextmanager
+def promoted(wire: Wire, **guest) -> Iterator[tuple[GuestTcp, socket.socket]]:
+    with connection(wire, **guest) as (g, host):
+        settle(wire, g, host)
+        yield g, host
+
+
+def both_ways(g: GuestTcp, host: socket.socket, n: int = 5000) -> None:
+    """n bytes each way arrive as they were sent."""
+    rnd = random.Random(n)
+    up, down = rnd.randbytes(n), rnd.randbytes(n)
+    for k in range(0, n, 1000):
+        g.push(up[k:k + 1000])
+    assert read_exactly(host, n) == up
+    g.wait_ack()
+    host.sendall(down)
+    assert g.pull(n) == down
+
+
+def gone(wire: Wire, port: int) -> None:
+    end = time.monotonic() + DEADLINE
+    while flow_of(wire, port) is not None:
+        assert time.monotonic() < end, "the flow is still there"
+        time.sleep(0.01)  # another process's memory: there is no event
+
+
+def descriptors(wire: Wire) -> dict[str, int]:
+    return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in wire.session.stages().items() if name in STAGES}
+
+
+def test_a_flow_is_promoted_when_it_is_settled_and_not_before(wire: Wire) -> None:
+    with connection(wire) as (g, host):
+        assert owners(wire, g.sport) == ("egress", "egress")
+        settle(wire, g, host)
+        before = wire.counters("egress")
+        both_ways(g, host, 20000)
+        both_ways(g, host)
+        after = wire.counters("egress")
+        assert owners(wire, g.sport) == THERE
+        assert after["frames_in"] == before["frames_in"], "frames of a promoted flow went through egress"
+
+
+def test_never_with_promote_0(wire: Wire, make_wire: Callable[..., Wire]) -> None:
+    other = make_wire(promote=0)
+    with connection(other) as (g, host):
+        for _ in range(4):
+            both_ways(g, host)
+        assert owners(other, g.sport) == ("egress", "egress")
+
+
+@pytest.mark.parametrize("first", ["guest", "host", "both"])
+def test_fin(wire: Wire, first: str) -> None:
+    """I5: after all data, each direction by itself."""
+    with promoted(wire) as (g, host):
+        if first == "host":
+            host.sendall(b"last")
+            host.shutdown(socket.SHUT_WR)
+            assert g.pull(4) == b"last"
+            seg = g.expect(FIN | ACK)
+            assert seg.end == (g.rcv_nxt + 1) & M32
+            g.rcv_nxt = seg.end
+            g.send(ACK)
+            g.push(b"still", FIN)
+            assert read_exactly(host, 5) == b"still" and host.recv(1) == b""
+        else:
+            g.push(b"last")
+            if first == "both":
+                host.shutdown(socket.SHUT_WR)
+            g.push(b"", FIN)
+            assert read_exactly(host, 4) == b"last" and host.recv(1) == b""
+            if first == "guest":
+                host.sendall(b"still")
+                assert g.pull(5) == b"still"
+                host.shutdown(socket.SHUT_WR)
+            seg = g.recv()
+            while seg and not seg.flags & FIN:
+                seg = g.recv()
+            assert seg is not None and seg.end == (g.rcv_nxt + 1) & M32
+            g.rcv_nxt = seg.end
+            g.send(ACK)
+        assert wire.session.poll(0)
+
+
+def test_a_reset_of_the_guest_is_one_to_the_server(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        g.send(RST, seq=g.snd_nxt)
+        with pytest.raises(ConnectionResetError):
+            host.recv(1)
+        gone(wire, g.sport)
+
+
+@pytest.mark.parametrize("in_flight", [0, 3000])
+def test_a_reset_of_the_server_is_one_to_the_guest_at_the_right_number(wire: Wire, in_flight: int) -> None:
+    with promoted(wire) as (g, host):
+        host.sendall(bytes(in_flight))
+        got = 0
+        while got < in_flight:
+            seg = g.recv()
+            assert seg is not None
+            got += len(seg.data)
+        host.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        host.close()
+        seg = g.recv()
+        while seg and not seg.flags & RST:
+            seg = g.recv()
+        assert seg is not None and seg.seq == (g.rcv_nxt + in_flight) & M32
+        gone(wire, g.sport)
+
+
+def test_closed_by_the_control_api(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        flow = flow_of(wire, g.sport)
+        assert answer(wire, CloseFlow(index=flow.index, gen=flow.gen)) == ""
+        assert g.expect(RST | ACK).seq == g.rcv_nxt
+        with pytest.raises(ConnectionResetError):
+            host.recv(1)
+        assert flow_of(wire, g.sport) is None
+
+
+def test_early_segments_wait_and_old_ones_are_acknowledged(wire: Wire) -> None:
+    """Taken back to egress, which parks them; and promoted again."""
+    with promoted(wire) as (g, host):
+        start = g.snd_nxt
+        g.send(ACK | PSH, b"BBB", seq=start + 3)
+        g.wait_ack(start)
+        assert owners(wire, g.sport)[0] == "egress"
+        g.send(ACK | PSH, b"CCC", seq=start + 6)
+        g.send(ACK | PSH, b"AAA", seq=start)
+        assert read_exactly(host, 9) == b"AAABBBCCC"
+        g.snd_nxt = start + 9
+        g.wait_ack()
+        for _ in range(2):
+            g.send(ACK | PSH, b"BBB", seq=start + 3)
+            assert g.wait_ack().ack == start + 9
+        settle(wire, g, host)
+        both_ways(g, host)
+
+
+def test_any_order_any_repetition(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        rnd, data, start = random.Random(5), random.Random(6).randbytes(40000), g.snd_nxt
+        pieces = [(at, min(at + 700, len(data))) for at in range(0, len(data), 700)]
+        jumbled = [p for p in pieces for _ in range(rnd.choice((1, 1, 2)))]
+        for k in range(0, len(jumbled), 5):
+            part = jumbled[k:k + 5]
+            rnd.shuffle(part)
+            jumbled[k:k + 5] = part
+        for a, b in jumbled:
+            g.send(ACK | PSH, data[a:b], seq=start + a)
+        assert read_exactly(host, len(data)) == data
+        g.snd_nxt = (start + len(data)) & M32
+        g.wait_ack()
+
+
+def lose_one(g: GuestTcp, host: socket.socket, n: int) -> tuple[bytes, int, list]:
+    """(sent, what the guest expects, the segments that came): n segments, of which the guest lost the first."""
+    data = random.Random(n).randbytes(n * 1460)
+    host.sendall(data)
+    segs, got = [], 0
+    while got < len(data):
+        seg = g.recv()
+        assert seg is not None
+        segs.append(seg)
+        got += len(seg.data)
+    return data, g.rcv_nxt, segs
+
+
+def test_duplicate_acks_make_a_fast_retransmission(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        data, una, segs = lose_one(g, host, 6)
+        before = wire.counters()["tcp_fast_retransmit"]
+        for _ in segs[1:]:
+            g.send(ACK)
+        seg = g.recv()
+        while seg and (seg.seq != una or not seg.data):
+            seg = g.recv()
+        assert seg is not None
+        g.rcv_nxt = (una + len(data)) & M32
+        g.send(ACK)
+        settle(wire, g, host)
+        both_ways(g, host)
+        assert wire.counters()["tcp_fast_retransmit"] == before + 1
+
+
+def test_a_lost_segment_without_any_answer_is_sent_again_after_the_timeout(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        data, una, _ = lose_one(g, host, 1)
+        seg = g.recv(5)
+        assert seg is not None and (seg.seq, seg.data) == (una, data), "nothing was sent again"
+        g.rcv_nxt = seg.end
+        g.send(ACK)
+        settle(wire, g, host)
+        both_ways(g, host)
+
+
+def test_selective_acknowledgement(wire: Wire) -> None:
+    """Only the hole is sent again."""
+    with promoted(wire, sack=True) as (g, host):
+        data, una, segs = lose_one(g, host, 6)
+        for s in segs[1:]:
+            g.send(ACK, opts=sack_option((segs[1].seq, s.end)))
+        seg = g.recv()
+        while seg and not seg.data:
+            seg = g.recv()
+        assert seg is not None and seg.seq == una
+        g.rcv_nxt = (una + len(data)) & M32
+        g.send(ACK)
+        assert not [s for s in g.fence() if s.data]
+        settle(wire, g, host)
+        both_ways(g, host)
+
+
+def test_a_closed_window_is_probed_and_opens(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        g.send(ACK, wnd=0)
+        host.sendall(b"x" * 3000)
+        assert not [s for s in g.fence() if s.data], "data into a closed window"
+        g.send(ACK)
+        assert g.pull(3000) == b"x" * 3000
+        g.send(ACK, wnd=0)
+        host.sendall(b"y" * 3000)
+        probe = g.recv(5)
+        while probe and probe.seq != (g.rcv_nxt - 1) & M32:
+            assert not probe.data
+            probe = g.recv(5)
+        assert probe is not None, "the closed window is not probed"
+        g.send(ACK)
+        assert g.pull(3000) == b"y" * 3000
+        settle(wire, g, host)
+
+
+def test_a_window_of_a_few_bytes(wire: Wire) -> None:
+    """RFC 9293 3.8.6.2.1 lets a sender wait, but not beyond what is offered, and not for ever."""
+    with promoted(wire, wscale=0) as (g, host):
+        g.wnd = 1
+        g.send(ACK)
+        host.sendall(b"abcde")
+        got, end = b"", time.monotonic() + DEADLINE
+        while len(got) < 2:
+            assert time.monotonic() < end
+            seg = g.recv(1)
+            if seg and seg.data:
+                assert len(seg.data) == 1 and seg.seq == g.rcv_nxt
+                got += seg.data
+                g.rcv_nxt = seg.end
+            if seg:
+                g.send(ACK)
+        g.wnd = 65535
+        g.send(ACK)
+        assert got + g.pull(3) == b"abcde"
+
+
+def test_a_keepalive_probe_is_answered(wire: Wire) -> None:
+    """RFC 9293 3.8.4: a byte before what is expected."""
+    with promoted(wire) as (g, host):
+        g.send(ACK, seq=g.snd_nxt - 1)
+        assert g.wait_ack().data == b""
+        settle(wire, g, host)
+
+
+def test_a_new_syn_on_the_pair_is_challenged(wire: Wire) -> None:
+    """RFC 5961 4.2."""
+    with promoted(wire) as (g, host):
+        g.send(SYN, seq=g.snd_nxt + 100000, opts=g.syn_options())
+        seg = g.recv()
+        assert seg is not None and (seg.flags & (SYN | RST | ACK), seg.ack) == (ACK, g.snd_nxt)
+        both_ways(g, host)
+
+
+def test_urgent_data_is_data_in_line(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        g.push(b"before")
+        g.send(ACK | PSH | URG, b"now")
+        g.snd_nxt += 3
+        assert read_exactly(host, 9) == b"beforenow"
+        g.wait_ack()
+        host.send(b"!", socket.MSG_OOB)
+        host.sendall(b"after")
+        assert g.pull(5)[-5:] == b"after"
+        both_ways(g, host)
+
+
+def test_a_bad_checksum_is_not_taken(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        before = wire.counters("classify")["drop_l4_checksum"]
+        g.send(ACK | PSH, b"wrong", corrupt=True)
+        g.push(b"right")
+        assert read_exactly(host, 5) == b"right"
+        assert wire.counters("classify")["drop_l4_checksum"] == before + 1
+
+
+def test_what_lies_past_the_window_is_not_taken(wire: Wire) -> None:
+    with promoted(wire) as (g, host):
+        flow = flow_of(wire, g.sport)
+        g.send(ACK | PSH, b"far", seq=flow.rcv_adv + 10)
+        assert g.wait_ack().data == b""
+        g.send(ACK | PSH, b"near", ack=g.rcv_nxt + 99999)  # acknowledges what was never sent (RFC 5961 5)
+        g.wait_ack()
+        both_ways(g, host)
+
+
+def test_a_slow_reader_loses_nothing_and_costs_nothing(wire: Wire) -> None:
+    """I1, I3. The window closes, and no stage turns round meanwhile: where the send buffer has some room, but not much, a
+    stage that waits for more must not be told of that little again and again (ARCBOX fault 16)."""
+    with promoted(wire, mss=1400) as (g, host):
+        host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        rnd, sent, edge = random.Random(7), bytearray(), (g.snd_nxt + 65535) & M32
+        busy = 0.0
+        while True:
+            room = (edge - g.snd_nxt) & M32
+            if room >= 1400:
+                data = rnd.randbytes(1400)
+                sent += data
+                g.push(data)
+                if len(sent) % (1400 * 64) == 0:  # now and then nothing comes from either side
+                    busy = max(busy, idle_cpu(wire, "guest_tx", 0.05))
+            seg = g.recv(0.0 if room >= 1400 else 0.5)
+            if seg is None and room < 1400:
+                break
+            if seg is not None and (new := (seg.ack + (seg.wnd << g.peer_wscale) - edge) & M32) < 1 << 31:
+                edge = (edge + new) & M32
+            assert len(sent) < 32 << 20, "the window never closed although nobody reads"
+        assert busy < 0.8, f"guest_tx was busy {busy:.0%} of a time when nothing came"
+        assert read_exactly(host, len(sent)) == sent
+        g.wait_ack()
+        assert (g.peer_wscale and flow_of(wire, g.sport).rcv_adv - g.snd_nxt) & M32 > 65535, "the window did not open again"
+        both_ways(g, host)
+
+
+def idle_cpu(wire: Wire, stage: str, seconds: float) -> float:
+    """Share of this time that a stage was on a processor."""
+    path = f"/proc/{wire.session.stages()[stage]}/schedstat"
+
+    def ran() -> int:
+        with open(path) as f:
+            return int(f.read().split()[0])
+
+    before, start = ran(), time.monotonic_ns()
+    time.sleep(seconds)
+    return (ran() - before) / (time.monotonic_ns() - start)
+
+
+def test_idle_promoted_flows_are_not_polled(wire: Wire) -> None:
+    """ARCBOX fault 16: also those with a byte that the host has not read, and one that the guest has."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(30):
+            g, host = stack.enter_context(promoted(wire))
+            g.push(b"unread")
+            g.wait_ack()
+            host.sendall(b"read")
+            assert g.pull(4) == b"read"
+        g.fence()
+        assert idle_cpu(wire, "guest_rx", 0.2) < 0.5  # the watch ends with what is in flight; a loop would be 1
+        assert [idle_cpu(wire, s, 0.1) < 0.5 for s in STAGES] == [True] * 3
+
+
+def test_a_busy_flow_starves_neither_another_nor_the_slow_path(wire: Wire) -> None:
+    """ARCBOX faults 17 and 18: while one flow has megabytes to send and takes all the guest's link can carry, others'
+    single bytes and what egress answers come between its frames, after no more of them than the stage's budget."""
+    with promoted(wire, mss=1460) as (g, host), promoted(wire) as (h, small):
+        stop = threading.Event()
+
+        def bulk() -> None:
+            while not stop.is_set():
+                try:
+                    host.sendall(bytes(1 << 20))
+                except TimeoutError:
+                    continue
+                except OSError:
+                    return
+
+        host.settimeout(0.2)
+        sender = threading.Thread(target=bulk)
+        sender.start()
+        try:
+            frames, rounds = 0, 0
+            waiting = False
+            end = time.monotonic() + 30
+            while rounds < 10:
+                assert time.monotonic() < end, f"one byte of another flow did not come among {frames} frames"
+                if not waiting:
+                    small.sendall(b"1")
+                    waiting = True
+                frame = wire.recv_frame()
+                assert frame is not None
+                frames += 1
+                if (seg := h._mine(frame)) is not None and seg.data:
+                    h.rcv_nxt = (h.rcv_nxt + len(seg.data)) & M32
+                    h.send(ACK)
+                    rounds, waiting = rounds + 1, False
+                    assert frames < 8000  # two budgets (fast_down.c), and what the socket pair holds
+                    frames = 0
+                elif (seg := g._mine(frame)) is not None and seg.data and seg.seq == g.rcv_nxt:
+                    g.rcv_nxt = seg.end
+                    g.send(ACK)
+            for s in h.fence():  # two pings, through classify, in the same crowd
+                assert not s.flags & RST
+        finally:
+            stop.set()
+            host.shutdown(socket.SHUT_RDWR)
+            sender.join()
+        assert not sender.is_alive()
+
+
+def test_acknowledged_at_once_or_soon(wire: Wire) -> None:
+    """RFC 9293 3.8.6.3: within 500 ms whatever the host does; for two full segments at once."""
+    with promoted(wire) as (g, host):
+        for _ in range(4):  # a guest whose questions are answered at once
+            g.push(b"ask")
+            read_exactly(host, 3)
+            host.sendall(b"answer")
+            assert g.pull(6) == b"answer"
+        g.push(b"no answer")
+        start = time.monotonic()
+        g.wait_ack(timeout=0.5)
+        assert time.monotonic() - start < 0.5
+        first = g.snd_nxt
+        g.push(bytes(1460))
+        g.push(bytes(1460))
+        while (seg := g.recv(0.5)) is not None and seg.ack != g.snd_nxt:
+            assert seg.ack in (first, first + 1460)
+        assert seg is not None
+        assert read_exactly(host, 9 + 2920)
+
+
+def test_many_flows_come_and_go_and_leave_no_descriptor(wire: Wire, make_wire: Callable[..., Wire]) -> None:
+    """In all three processes."""
+    w = make_wire(promote=2)
+    before = descriptors(w)
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            flows = [stack.enter_context(promoted(w)) for _ in range(250)]
+            assert {s: n - before[s] for s, n in descriptors(w).items()} == dict.fromkeys(STAGES, 250)
+            for g, _ in flows:
+                g.send(RST, seq=g.snd_nxt)
+            for g, _ in flows:
+                gone(w, g.sport)
+        end = time.monotonic() + DEADLINE
+        while descriptors(w) != before:
+            assert time.monotonic() < end, f"{before} before, now {descriptors(w)}"
+            time.sleep(0.01)
+    assert w.counters()["promoted_up"] == 500
+
+
+def test_without_descriptors_the_flow_goes_on_where_it_is(wire: Wire, make_wire: Callable[..., Wire]) -> None:
+    """The link's stages may have no descriptor left: that costs speed only."""
+    w = make_wire(promote=2)
+    for stage in ("guest_tx", "guest_rx"):
+        pid = w.session.stages()[stage]
+        used = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
+        n = next(k for k in range(1024) if k not in used)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (n, n))
+    with connection(w) as (g, host):
+        for _ in range(4):
+            both_ways(g, host)
+        assert w.counters("guest_tx")["promote_failed"] + w.counters("guest_rx")["promote_failed"] > 0
+        g.push(b"", FIN)
+        assert host.recv(1) == b""
+
+
+# --- UDP
+
+
+def with_df(sport: int, dport: int, data: bytes) -> bytes:
+    return ethernet(ipv4(UDP, udp(GUEST, sport, GATEWAY, dport, data), GUEST, GATEWAY))
+
+
+def udp_settle(wire: Wire, port: int, server: socket.socket, n: int = 4) -> tuple[str, int]:
+    for _ in range(n):
+        wire.send_udp(port, server.getsockname()[1], b"hello")
+        data, address = server.recvfrom(100)
+        assert data == b"hello"
+    assert owners(wire, port) == THERE
+    return address
+
+
+def test_udp_both_ways_without_egress(wire: Wire) -> None:
+    port = fresh_port()
+    with udp_server() as server:
+        address = udp_settle(wire, port, server)
+        before = wire.counters()["frames_in"]
+        for size in (0, 1, 1472):
+            wire.send_udp(port, server.getsockname()[1], b"q" * size)
+            assert server.recvfrom(3000) == (b"q" * size, address)
+            server.sendto(b"a" * size, address)
+            d = wire.recv_udp(port)
+            assert (d.data, d.src, d.sport) == (b"a" * size, "10.0.2.1", server.getsockname()[1])
+        for k in range(100):
+            wire.send_udp(port, server.getsockname()[1], b"%d" % k * (1 + k % 3))
+        assert [server.recv(3000) for _ in range(100)] == [b"%d" % k * (1 + k % 3) for k in range(100)]
+        assert wire.counters()["frames_in"] == before
+        assert flow_of(wire, port).up_packets >= 107
+
+
+def test_udp_a_second_peer_through_the_same_socket(wire: Wire) -> None:
+    """RFC 4787 REQ-1, and anybody may answer (REQ-8)."""
+    port = fresh_port()
+    with udp_server() as one, udp_server() as two:
+        address = udp_settle(wire, port, one)
+        wire.send_udp(port, two.getsockname()[1], b"other")
+        assert two.recvfrom(10) == (b"other", address)
+        two.sendto(b"hi", address)
+        d = wire.recv_udp(port)
+        assert (d.data, d.sport) == (b"hi", two.getsockname()[1])
+        assert udp_settle(wire, port, two, 6) == address
+        wire.send_udp(port, one.getsockname()[1], b"again")
+        assert one.recvfrom(10) == (b"again", address)
+
+
+def test_udp_a_reply_over_the_mtu_comes_in_fragments(wire: Wire) -> None:
+    port = fresh_port()
+    with udp_server() as server:
+        address = udp_settle(wire, port, server)
+        for size in (1473, 8000, 65507):
+            data = random.Random(size).randbytes(size)
+            server.sendto(data, address)
+            d = wire.recv_udp(port)
+            assert d.data == data and d.fragments > 1
+
+
+def test_udp_fragments_of_the_guest(wire: Wire) -> None:
+    port = fresh_port()
+    with udp_server() as server:
+        udp_settle(wire, port, server)
+        data = random.Random(9).randbytes(9000)
+        wire.send_udp(port, server.getsockname()[1], data)
+        assert server.recv(10000) == data
+
+
+def test_udp_a_port_that_was_closed_is_told(wire: Wire) -> None:
+    """Promoted, then the server is gone: the error comes as ICMP, and the next server on the port is served."""
+    port = fresh_port()
+    with udp_server() as server:
+        udp_settle(wire, port, server)
+        there = server.getsockname()
+    wire.send_udp(port, there[1], b"anybody?")
+    assert wire.recv_error(lambda q: q.proto == UDP and q.sport == port).icmp == (3, 3)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(there)
+        server.settimeout(DEADLINE)
+        wire.send_udp(port, there[1], b"me")
+        assert server.recv(10) == b"me"
+
+
+def test_udp_the_mapping_in_use_is_not_the_one_evicted(wire: Wire, make_wire: Callable[..., Wire]) -> None:
+    """The order of use of promoted mappings is known by the flow table alone (last_ns)."""
+    w = make_wire(promote=2, udp_max=3)
+    before = descriptors(w)
+    ports = [fresh_port() for _ in range(4)]
+    with udp_server() as server:
+        first = {p: udp_settle(w, p, server) for p in ports[:3]}
+        assert udp_settle(w, ports[0], server, 1) == first[ports[0]]  # now ports[1] is the oldest
+        w.send_udp(ports[3], server.getsockname()[1], b"x")
+        server.recvfrom(10)
+        for p in (ports[0], ports[2]):
+            assert udp_settle(w, p, server, 1) == first[p], "a mapping in use was ended"
+        assert flow_of(w, ports[1]) is None
+        end = time.monotonic() + DEADLINE
+        while (now := descriptors(w)) != {"egress": before["egress"] + 3, "guest_tx": before["guest_tx"] + 2,
+                                          "guest_rx": before["guest_rx"] + 2}:
+            assert time.monotonic() < end, f"{before} before, now {now}"
+            time.sleep(0.01)
+
+
+def test_udp_too_long_for_the_path_with_df(wire: Wire) -> None:
+    """The host's loopback takes all there is; what it refuses is more than UDP has. DF itself changes nothing else."""
+    port = fresh_port()
+    with udp_server() as server:
+        there = server.getsockname()[1]
+        udp_settle(wire, port, server)
+        wire.send(with_df(port, there, b"df"))
+        assert server.recv(10) == b"df"
+        wire.send_udp(port, there, b"plain")
+        assert server.recv(10) == b"plain"
+
+
+def test_udp_a_short_ttl_is_told_and_not_forwarded(wire: Wire) -> None:
+    """To the gateway TTL does not matter: it is here. To others a promoted mapping leaves it to egress."""
+    port = fresh_port()
+    with udp_server() as server:
+        udp_settle(wire, port, server)
+        wire.send_udp(port, server.getsockname()[1], b"near", ttl=1)
+        assert server.recv(10) == b"near"
+
+
+def test_udp_bad_checksum_goes_nowhere(wire: Wire) -> None:
+    port = fresh_port()
+    with udp_server() as server:
+        udp_settle(wire, port, server)
+        there = server.getsockname()[1]
+        frame = bytearray(with_df(port, there, b"bad"))
+        frame[40] ^= 0x55
+        wire.send(bytes(frame))
+        wire.send_udp(port, there, b"good")
+        assert server.recv(10) == b"good"
+        server.setblocking(False)
+        assert not select.select([server], [], [], 0)[0]
