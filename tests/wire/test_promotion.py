@@ -265,11 +265,13 @@ def test_selective_acknowledgement(wire: Wire) -> None:
 def test_a_closed_window_is_probed_and_opens(wire: Wire) -> None:
     with promoted(wire) as (g, host):
         g.send(ACK, wnd=0)
+        g.fence()  # read before the host sends
         host.sendall(b"x" * 3000)
         assert not [s for s in g.fence() if s.data], "data into a closed window"
         g.send(ACK)
         assert g.pull(3000) == b"x" * 3000
         g.send(ACK, wnd=0)
+        g.fence()  # read before the host sends
         host.sendall(b"y" * 3000)
         probe = g.recv(5)
         while probe and probe.seq != (g.rcv_nxt - 1) & M32:
@@ -286,6 +288,7 @@ def test_a_window_of_a_few_bytes(wire: Wire) -> None:
     with promoted(wire, wscale=0) as (g, host):
         g.wnd = 1
         g.send(ACK)
+        g.fence()
         host.sendall(b"abcde")
         got, end = b"", time.monotonic() + DEADLINE
         while len(got) < 2:
