@@ -422,6 +422,8 @@ static void make_late(struct fast_up *u, uint32_t i)
 	ff->late = 1;
 	ff->late_next = NONE;
 	ff->late_due = u->s->now + DELAY_NS;
+	ff->late_seq = u->flows->flow[i].up.rcv_nxt;
+	ff->late_max = RN_LOOK(u->flows->flow[i].down.snd_max);
 	if (u->late == NONE)
 		u->late = i;
 	else
@@ -510,11 +512,16 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 		goto leave;
 	moved = update_window(u, i, f);
 	acked = RN_LOOK(f->up.acked);
-	if (due && ff->late) {
-		if (acked == f->up.rcv_nxt)
+	if (due) {
+		/* Something was sent to the guest since it asked: taken for an answer, which carried the acknowledgement. */
+		if (RN_LOOK(f->down.snd_max) != ff->late_max)
 			ff->in_turn += ff->in_turn < SPEAKS_IN_TURN;
 		else
 			ff->in_turn = 0;
+		if (!SEQ_LT(acked, ff->late_seq) && acked != f->up.rcv_nxt) {
+			ff->again = 1; /* what is unacknowledged was asked later, and has its own time */
+			goto leave;
+		}
 	}
 	if (acked == f->up.rcv_nxt && !(moved && (ff->told_window || due)))
 		goto leave;
@@ -560,6 +567,9 @@ int fast_up_flush(struct fast_up *u)
 			return 1;
 		ff->late = 0;
 		u->late = ff->late_next;
+		if (ff->again)
+			make_late(u, i);
+		ff->again = 0;
 	}
 	return 0;
 }

@@ -27,7 +27,9 @@ struct fast_flow {
 	uint8_t told_window;   /* of an owed one: the window moved by enough to say so */
 	uint32_t owed_next, late_next;
 	uint64_t late_due;     /* CLOCK_MONOTONIC ns */
+	uint32_t late_seq, late_max; /* rcv_nxt and snd_max when it was put there: what was asked, and sent so far */
 	struct sockaddr_in to; /* UDP: where datagrams to the peer go */
+	uint8_t again;	       /* of one in the list of late ones: something newer waits */
 	uint8_t slow;	       /* UDP: 1: what the host refused is egress's to explain */
 	uint8_t df;	       /* UDP: what the socket does about the DF bit; other datagrams are egress's */
 	uint32_t misses;       /* early segments in a row */

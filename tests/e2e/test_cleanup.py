@@ -91,11 +91,13 @@ def test_kill_9_of_the_supervisor_alone(guest_session: Attached, host_ns: Netns,
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_kill_9_of_a_stage_ends_the_session_and_is_named(guest_session: Attached, host_ns: Netns, stage: str) -> None:
-    before, pids = shm_objects(), [guest_session.pid, *children(guest_session.pid)]
-    os.kill(stage_pids(guest_session.pid)[stage], signal.SIGKILL)
-    assert guest_session.wait() == Exit.STAGE_DIED
-    assert re.search(rf"\b{stage}\b.*SIGKILL", guest_session.output()), guest_session.output()
+def test_kill_9_of_a_stage_ends_the_session_and_is_named(attach: Callable[..., Attached], host_ns: Netns, stage: str) -> None:
+    """If it may not be started again; test_seats.py has what happens else."""
+    session = attach("--restarts", "0")
+    before, pids = shm_objects(), [session.pid, *children(session.pid)]
+    os.kill(stage_pids(session.pid)[stage], signal.SIGKILL)
+    assert session.wait() == Exit.STAGE_DIED
+    assert re.search(rf"\b{stage}\b.*SIGKILL", session.output()), session.output()
     nothing_left(host_ns, pids, before)
 
 
