@@ -63,9 +63,10 @@ static void make_flow(void *flows_mem)
 
 static void offer(int channel[2], int fd)
 {
-	struct rn_pass p = { .index = 0, .gen = 1, .proto = RN_IPPROTO_TCP, .window_scaled = 1 };
+	struct rn_pass p = { .index = 0, .gen = 1, .proto = RN_IPPROTO_TCP, .window_scaled = 1, .peer_port = DPORT };
 	struct rn_desc d = { .off = 0, .len = 1, .flags = rn_fn_flags(RN_FN_OFFER) };
 
+	memcpy(p.peer4, micro_gateway, 4);
 	NEED(!rn_fdpass_send(channel[0], &p, fd));
 	fast_up_notice(v.up, &d);
 }
