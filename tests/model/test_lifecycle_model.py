@@ -297,7 +297,8 @@ def test_the_models_orders_are_the_sessions() -> None:
     """Rows of the real topology: starting backwards and cancelling forwards keeps both order rules."""
     topo = TOPOLOGY.only(frozenset({Feature.NIC1}))
     for ring in topo.rings:
-        assert topo.row(ring.producer) < topo.row(ring.consumer)
+        if not ring.notices:  # what is said about flows against the order of data need not be heard at either end
+            assert topo.row(ring.producer) < topo.row(ring.consumer)
     assert Rules().start_order == tuple(range(N))[::-1] and Rules().cancel_order == tuple(range(N))
 
 

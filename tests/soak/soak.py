@@ -77,11 +77,11 @@ def judge(rests: list[Rest]) -> list[str]:
         wrong += [f"{at}: {fill} frames lie in {ring}" for ring, fill in rest.waiting.items() if fill]
         wrong += [f"{at}: {k} flows are {state}" for state, k in rest.flows.items() if state not in RESTING]
         for name, p in rest.processes.items():
-            # A UDP mapping is a socket of egress until it times out.
-            sockets = rest.flows.get("mapped", 0) if name == "egress" else 0
-            before = rests[0].processes[name].fds
-            if p.fds - sockets != before:
-                wrong.append(f"{at}: {name} has {p.fds} descriptors, {sockets} of UDP mappings, and had {before}")
+            # A UDP mapping is a socket of egress until it times out, and of the link's stages if it was promoted.
+            mapped, before = rest.flows.get("mapped", 0), rests[0].processes[name].fds
+            least, most = {"egress": (mapped, mapped), "guest_tx": (0, mapped), "guest_rx": (0, mapped)}.get(name, (0, 0))
+            if not least <= p.fds - before <= most:
+                wrong.append(f"{at}: {name} has {p.fds} descriptors, {least} to {most} of UDP mappings, and had {before}")
         for kind, held in rest.buffers.items():
             if held > rests[0].buffers.get(kind, 0) + BUFFERS_SLACK:
                 wrong.append(f"{at}: {held} buffers are held at rest: {kind}")
