@@ -281,9 +281,10 @@ def test_kill_9_of_a_stage_ends_the_session_and_is_named(ends: GuestEnd, name: s
     with Session(make({"restarts": 0}), link=ends.link(), deadlines=PATIENT) as s:
         ends.arp()
         pids = s.stages()
-        s.ping(name, 1)  # answered between two turns: it has published counters
-        while s.child(name).pongs != 1:
-            assert s.poll(DEADLINE)
+        for n in (1, 2):  # answered between two turns: after the second it has ended one, and published its counters
+            s.ping(name, n)
+            while s.child(name).pongs != n:
+                assert s.poll(DEADLINE)
         os.kill(pids[name], signal.SIGKILL)
         result = until_over(s)
     assert result.code is Exit.STAGE_DIED

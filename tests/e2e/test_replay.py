@@ -64,7 +64,7 @@ def test_byte_for_byte_the_same_each_time(recorded: Path, tmp_path: Path) -> Non
         outs = {replays(stage, recorded, tmp_path / f"{stage}.{n % 2}") for n in range(runs)}
         assert len(outs) == 1, stage
     made = pcapng.read(tmp_path / "egress.0")
-    assert len(made) > 100
+    assert len(made) > 50  # how the kernel cut the stream while it was recorded says how many
     # What the page was, it is again: the longest stream to the guest holds its bytes, in order.
     streams: dict[tuple[int, int], dict[int, bytes]] = {}
     for p in made:
