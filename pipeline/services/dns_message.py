@@ -116,28 +116,31 @@ def read_name(data: bytes, at: int) -> tuple[bytes, int]:
     """Name at an offset: (uncompressed wire form, offset behind it). Raises DnsFormatError.
 
     A pointer must point before the place where the name, or the part of it read last, began: "a prior
-    occurrence" (RFC 1035 4.1.4). So the walk ends, whatever the bytes are.
+    occurrence" (RFC 1035 4.1.4), and what it points to must end before that place too. So the walk ends, whatever the
+    bytes are.
     """
     out = bytearray()
     bound = at  # pointers must go below
+    limit = len(data)  # and what they point to must end here
     end = 0
     while True:
-        if at >= len(data):
+        if at >= limit:
             raise DnsFormatError("name runs past the end")
         length = data[at]
         if length & 0xC0 == 0xC0:
-            if at + 2 > len(data):
+            if at + 2 > limit:
                 raise DnsFormatError("pointer runs past the end")
             target = (length & 0x3F) << 8 | data[at + 1]
             if target >= bound or target < HEADER:
                 raise DnsFormatError(f"pointer at {at} to {target} does not point back into the message")
             end = end or at + 2
+            limit = bound
             at = bound = target
             continue
         if length & 0xC0:
             raise DnsFormatError(f"label type {length >> 6} is not defined")
         at += 1
-        if at + length > len(data):
+        if at + length > limit:
             raise DnsFormatError("label runs past the end")
         out.append(length)
         out += data[at : at + length]
