@@ -8,8 +8,6 @@
  */
 #include "fast_down_internal.h"
 
-#include "rn_csum.h"
-
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/udp.h>
@@ -20,28 +18,6 @@
 #ifndef UDP_GRO
 #define UDP_GRO 104
 #endif
-
-/* Fill the UDP header at @udp for @len bytes of payload behind it. */
-static void put_udp(uint8_t *udp, uint16_t sport, uint16_t dport, const uint8_t src[4], const uint8_t dst[4], uint32_t len,
-		    int partial)
-{
-	uint32_t l4 = RN_UDP_HLEN + len;
-	uint64_t sum = rn_csum_pseudo4(src, dst, RN_IPPROTO_UDP, l4);
-	uint16_t c;
-
-	rn_put16(udp + RN_UDP_SPORT, sport);
-	rn_put16(udp + RN_UDP_DPORT, dport);
-	rn_put16(udp + RN_UDP_LEN, (uint16_t)l4);
-	memset(udp + RN_UDP_SUM, 0, 2);
-	if (partial) {
-		c = rn_csum_fold(sum);
-	} else {
-		c = (uint16_t)~rn_csum_fold(rn_csum_add(sum, udp, l4));
-		if (!c)
-			c = 0xffff; /* RFC 768: zero means none */
-	}
-	memcpy(udp + RN_UDP_SUM, &c, 2);
-}
 
 /* A datagram longer than the MTU, at its place in d->buf, as fragments (RFC 791 3.2). The first part lies right; each later
  * one gets its headers in front, over what was sent. A full link loses the rest, and it is counted: UDP may be lost. */
@@ -73,7 +49,7 @@ static void deliver(struct fast_down *d, struct rn_flow *f, const struct sockadd
 	const uint8_t *host = (const uint8_t *)&from->sin_addr, *src = host[0] == 127 ? d->cfg.gateway4 : host;
 	struct rn_vnet_hdr v = { 0 };
 
-	put_udp(udp, ntohs(from->sin_port), f->guest_port, src, f->guest_addr + 12, len, partial);
+	rn_udp_build(udp, ntohs(from->sin_port), f->guest_port, src, f->guest_addr + 12, len, partial);
 	f->down.bytes += len;
 	f->down.packets += super ? (len + gso - 1) / gso : 1;
 	d->s->c[RN_C_udp_fast_down] += super ? (len + gso - 1) / gso : 1;

@@ -61,3 +61,24 @@ uint32_t rn_tcpseg_build(const struct rn_flow *f, const struct rn_tcpseg *s, uin
 	memcpy(th + RN_TCP_SUM, &c, 2);
 	return RN_ETH_HLEN + RN_IP4_HLEN + l4;
 }
+
+void rn_udp_build(uint8_t *udp, uint16_t sport, uint16_t dport, const uint8_t src[4], const uint8_t dst[4], uint32_t len,
+		    int partial)
+{
+	uint32_t l4 = RN_UDP_HLEN + len;
+	uint64_t sum = rn_csum_pseudo4(src, dst, RN_IPPROTO_UDP, l4);
+	uint16_t c;
+
+	rn_put16(udp + RN_UDP_SPORT, sport);
+	rn_put16(udp + RN_UDP_DPORT, dport);
+	rn_put16(udp + RN_UDP_LEN, (uint16_t)l4);
+	memset(udp + RN_UDP_SUM, 0, 2);
+	if (partial) {
+		c = rn_csum_fold(sum);
+	} else {
+		c = (uint16_t)~rn_csum_fold(rn_csum_add(sum, udp, l4));
+		if (!c)
+			c = 0xffff; /* RFC 768: zero means none */
+	}
+	memcpy(udp + RN_UDP_SUM, &c, 2);
+}

@@ -28,6 +28,10 @@ uint32_t rn_tcpseg_build(const struct rn_flow *f, const struct rn_tcpseg *s, uin
 void rn_ip4_build(uint8_t *eth, const uint8_t to_mac[6], const uint8_t from_mac[6], const uint8_t src[4],
 		  const uint8_t dst[4], uint8_t proto, uint8_t ttl, uint16_t id, uint16_t frag, uint32_t l4_len);
 
+/* UDP header at @udp for @len bytes of payload behind it; @partial: the link completes the checksum. */
+void rn_udp_build(uint8_t *udp, uint16_t sport, uint16_t dport, const uint8_t src[4], const uint8_t dst[4], uint32_t len,
+		  int partial);
+
 /* What the window field says of @wnd bytes. */
 static inline uint16_t rn_tcp_window_field(uint32_t wnd, int scaled)
 {

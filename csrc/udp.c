@@ -23,6 +23,7 @@
 #include "policy.h"
 #include "proxy.h"
 #include "rn_csum.h"
+#include "rn_tcpseg.h"
 #include "udp_internal.h"
 
 #include <errno.h>
@@ -417,18 +418,8 @@ static void put_udp(const struct egress *e, uint32_t i, uint8_t *udp, uint16_t s
 		    uint32_t len)
 {
 	const struct rn_flow *fl = eg_flow((struct egress *)e, i);
-	uint16_t sum;
 
-	rn_put16(udp + RN_UDP_SPORT, sport);
-	rn_put16(udp + RN_UDP_DPORT, fl->guest_port);
-	rn_put16(udp + RN_UDP_LEN, (uint16_t)(RN_UDP_HLEN + len));
-	memset(udp + RN_UDP_SUM, 0, 2);
-	sum = (uint16_t)~rn_csum_fold(
-		rn_csum_add(rn_csum_pseudo4(src, fl->guest_addr + 12, RN_IPPROTO_UDP, RN_UDP_HLEN + len), udp,
-			    RN_UDP_HLEN + len));
-	if (!sum)
-		sum = 0xffff; /* RFC 768: zero means none */
-	memcpy(udp + RN_UDP_SUM, &sum, 2);
+	rn_udp_build(udp, sport, fl->guest_port, src, fl->guest_addr + 12, len, 0);
 }
 
 void udp_deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len, const uint8_t src[4], uint16_t sport)
