@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -296,6 +297,16 @@ def wait_gone(pids: Sequence[int], timeout: float = DEADLINE) -> list[int]:
 
 def shm_objects() -> set[str]:
     return {n for n in os.listdir("/dev/shm") if n.startswith("rn-")}
+
+
+def shm_left(timeout: float = 5.0) -> set[str]:
+    """Names in /dev/shm that stay. A session of another worker has its names only while it starts: microseconds, or
+    as long as a loaded machine does not let it run between making one and unlinking it."""
+    left, deadline = shm_objects(), time.monotonic() + timeout
+    while left and time.monotonic() < deadline:
+        time.sleep(0.01)
+        left &= shm_objects()
+    return left
 
 
 @contextlib.contextmanager

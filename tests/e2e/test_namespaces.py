@@ -274,7 +274,7 @@ def test_an_interactive_shell_has_job_control(terminal: Callable[..., Terminal],
     """^C and ^Z are the job's, not the shell's and not ringnet's."""
     job = tmp_path / "job.py"  # says where it is when it has the terminal, so that what is typed then is for it
     job.write_text("import signal\nsignal.signal(signal.SIGCONT, lambda *_: print('continued', flush=True))\n"
-                   "print('started', flush=True)\ntry:\n    while True: signal.pause()\n"
+                   "try:\n    print('started', flush=True)\n    while True: signal.pause()\n"
                    "except KeyboardInterrupt: print('interrupted', flush=True)\n")
     t = terminal("--", "sh", "-i", PS1="ready> ")
     t.expect("ready> ")
