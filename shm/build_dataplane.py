@@ -7,6 +7,7 @@ uses builder() through cffi_modules for wheels. $RINGNET_CFLAGS is added to our 
 from __future__ import annotations
 
 import fcntl
+import keyword
 import os
 import re
 import shlex
@@ -197,7 +198,7 @@ def stub() -> str:
             lines.append(f"    {name}: int")
             continue
         ctype = ffi.typeof(what)
-        args = [f"{arg}: {word(t)}" for arg, t in zip(names[name], ctype.args, strict=False)]
+        args = [f"{arg}{'_' * keyword.iskeyword(arg)}: {word(t)}" for arg, t in zip(names[name], ctype.args, strict=False)]
         lines.append(f"    def {name}({', '.join(['self', *args, '/'])}) -> {word(ctype.result)}: ...")
     return _STUB_HEAD + "\n".join(lines) + "\n\n\nffi: FFI\nlib: Lib\n"
 

@@ -22,22 +22,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPO))
-try:
-    from pipeline import api
-    from pipeline.client import Client
-    from shm._dataplane import lib
-except ModuleNotFoundError:
-    venv = REPO / ".venv" / "bin" / "python"
-    if not venv.exists() or Path(sys.executable) == venv:
-        sys.exit("forwards.py: run tools/ringnet once, it installs what this needs")
-    os.execv(venv, [str(venv), *sys.argv])
+from spaces import PATIENCE, REPO, inside, namespace, program  # first: it may run this again
 
-PATIENCE = 30.0  # s for anything but the measurement itself
+from pipeline import api
+from pipeline.client import Client
+
 FIRST = 10000  # host port
 SERVER = """
 import socket, threading
@@ -54,48 +46,12 @@ while True:
 """
 
 
-def sh(*argv: str) -> None:
-    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
-
-
-@contextlib.contextmanager
-def namespace(role: str) -> Iterator[str]:
-    """A network namespace by name, loopback up."""
-    name = f"rb{os.getpid()}{role}"
-    sh("ip", "netns", "add", name)
-    try:
-        sh("ip", "-n", name, "link", "set", "lo", "up")
-        yield name
-    finally:
-        sh("ip", "netns", "del", name)
-
-
-@contextlib.contextmanager
-def program(argv: list[str], **more: object) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, **more)  # type: ignore[call-overload]
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
-
-
 def connect_in(name: str, kind: bytes) -> socket.socket:
-    """A connection from that namespace to the forward, by a thread that goes there and ends."""
-    made: list[socket.socket] = []
-
-    def go() -> None:
-        with open(f"/run/netns/{name}", "rb") as ns:
-            if (rc := lib.rn_os_setns(ns.fileno(), lib.RN_CLONE_NEWNET)) < 0:
-                raise OSError(-rc, f"setns {name}")
-        made.append(socket.create_connection(("127.0.0.1", 5001), PATIENCE))
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    thread.join()
-    made[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    made[0].sendall(kind)
-    return made[0]
+    """A connection from that namespace to the forward."""
+    made = inside(name, lambda: socket.create_connection(("127.0.0.1", 5001), PATIENCE))
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    made.sendall(kind)
+    return made
 
 
 def round_trips(s: socket.socket, enough: Callable[[], bool]) -> list[float]:
@@ -152,14 +108,14 @@ def measure(forwards: int, seconds: float, repeat: int) -> dict[str, list[float]
         ready, told = os.pipe()
         env = dict(os.environ, PYTHONPATH=str(REPO))
         stack.enter_context(program(
-            ["ip", "netns", "exec", host, sys.executable, "-P", "-m", "pipeline", "attach", f"/run/netns/{guest}",
-             "--config-net", "--ready-fd", str(told), "-q", "-t", "127.0.0.1/5001", "--api-socket", path],
+            "ip", "netns", "exec", host, sys.executable, "-P", "-m", "pipeline", "attach", f"/run/netns/{guest}",
+            "--config-net", "--ready-fd", str(told), "-q", "-t", "127.0.0.1/5001", "--api-socket", path,
             pass_fds=[told], env=env))
         os.close(told)
         if os.read(ready, 1) != b"1":
             sys.exit("forwards.py: the session did not start")
         os.close(ready)
-        server = stack.enter_context(program(["ip", "netns", "exec", guest, sys.executable, "-c", SERVER],
+        server = stack.enter_context(program("ip", "netns", "exec", guest, sys.executable, "-c", SERVER,
                                              stdout=subprocess.PIPE))
         assert server.stdout
         server.stdout.readline()

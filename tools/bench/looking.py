@@ -28,9 +28,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from loss import SERVER, inside, namespace, sh, tcp_socket  # runs this again in the virtual environment, if it must
+from spaces import REPO, inside, namespace, sh, tcp_socket  # first: it may run this again
 
-REPO = Path(__file__).resolve().parent.parent.parent
+SERVER = "198.51.100.2"
 PORT, TALK_PORT = 5201, 5300
 MANY = """
 import socket, sys

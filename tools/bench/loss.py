@@ -30,66 +30,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPO))
-try:
-    from pipeline.config import ConfigError, parse_impair
-    from shm._dataplane import ffi, lib
-except ModuleNotFoundError:
-    venv = REPO / ".venv" / "bin" / "python"
-    if not venv.exists() or Path(sys.executable) == venv:
-        sys.exit("loss.py: run tools/ringnet once, it installs what this needs")
-    os.execv(venv, [str(venv), *sys.argv])
+from spaces import PATIENCE, REPO, inside, namespace, sh, tcp_socket  # first: it may run this again
+
+from pipeline.config import ConfigError, parse_impair
+from shm._dataplane import ffi, lib
 
 SERVER, GUEST, GATEWAY = "198.51.100.2", "10.0.2.2", "10.0.2.1"
-PATIENCE = 30.0  # s for anything but the measurement itself
 _TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h
-_T = TypeVar("_T")
-
-
-def sh(*argv: str) -> None:
-    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
-
-
-@contextlib.contextmanager
-def namespace(role: str) -> Iterator[str]:
-    """A network namespace by name, loopback up."""
-    name = f"rb{os.getpid()}{role}"
-    sh("ip", "netns", "add", name)
-    try:
-        sh("ip", "-n", name, "link", "set", "lo", "up")
-        yield name
-    finally:
-        sh("ip", "netns", "del", name)
-
-
-def inside(name: str, make: Callable[[], _T]) -> _T:
-    """What make() returns when called in that namespace: by a thread that goes there and ends."""
-    made: list[_T] = []
-
-    def go() -> None:
-        fd = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if (rc := lib.rn_os_setns(fd, lib.RN_CLONE_NEWNET)) < 0:
-                raise OSError(-rc, f"setns {name}")
-        finally:
-            os.close(fd)
-        made.append(make())
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    thread.join()
-    return made[0]
-
-
-def tcp_socket() -> socket.socket:
-    s = socket.socket()
-    s.settimeout(PATIENCE)
-    return s
 
 
 class Path2(contextlib.ExitStack):

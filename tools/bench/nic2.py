@@ -28,34 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent.parent
-PATIENCE = 30.0  # s for anything but the measurement itself
+from spaces import PATIENCE, REPO, namespace, program, sh  # first: it may run this again
+
 RINGNET = (sys.executable, "-P", "-m", "pipeline")
-
-
-def sh(*argv: str, **more: Any) -> str:
-    return subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, **more).stdout
-
-
-@contextlib.contextmanager
-def namespace(role: str) -> Iterator[str]:
-    name = f"rn2b{os.getpid()}{role}"
-    sh("ip", "netns", "add", name)
-    try:
-        sh("ip", "-n", name, "link", "set", "lo", "up")
-        yield name
-    finally:
-        sh("ip", "netns", "del", name)
-
-
-@contextlib.contextmanager
-def running(*argv: str, **more: Any) -> Iterator[subprocess.Popen[str]]:
-    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, text=True, start_new_session=True, **more)
-    try:
-        yield child
-    finally:
-        child.terminate()
-        child.wait(PATIENCE)
 
 
 def until(what: str, true: Any) -> None:
@@ -101,9 +76,9 @@ def socat(mtu: int) -> Iterator[Way]:
     with namespace("sh") as host, namespace("sg") as guest, tempfile.TemporaryDirectory() as tmp:
         bridge(host, "br0", "10.55.0.1/24", mtu)
         tap = "TUN,tun-type=tap,tun-name={},iff-no-pi,iff-up"
-        with running("ip", "netns", "exec", host, "socat", "-lf", "/dev/null", "-b", "70000", tap.format("t0"),
+        with program("ip", "netns", "exec", host, "socat", "-lf", "/dev/null", "-b", "70000", tap.format("t0"),
                      f"UNIX-SENDTO:{tmp}/g,bind={tmp}/h"), \
-                running("ip", "netns", "exec", guest, "socat", "-lf", "/dev/null", "-b", "70000", tap.format("t1"),
+                program("ip", "netns", "exec", guest, "socat", "-lf", "/dev/null", "-b", "70000", tap.format("t1"),
                         f"UNIX-SENDTO:{tmp}/h,bind={tmp}/g"):
             for ns, name in ((host, "t0"), (guest, "t1")):
                 until(f"socat's {name}", lambda ns=ns, name=name: f" {name}:" in sh("ip", "-n", ns, "link"))
@@ -141,7 +116,7 @@ def ringnet(mtu: int) -> Iterator[Way]:
     with namespace("rh") as host, namespace("rg") as guest, tempfile.TemporaryDirectory() as tmp:
         ready, told = os.pipe()
         env = os.environ | {"PYTHONPATH": str(REPO), "RINGNET_RUNTIME_DIR": tmp}
-        with running("ip", "netns", "exec", host, *RINGNET, "attach", f"/run/netns/{guest}", "--config-net", "--ready-fd",
+        with program("ip", "netns", "exec", host, *RINGNET, "attach", f"/run/netns/{guest}", "--config-net", "--ready-fd",
                      str(told), "--quiet", "--nic2", f"host,subnet=10.55.0.1/24,mtu={mtu}", pass_fds=(told,), env=env):
             os.close(told)
             with os.fdopen(ready, "rb") as f:
