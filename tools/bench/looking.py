@@ -97,7 +97,10 @@ class Session:
         for more in ((), ("-R",)):
             done = subprocess.run(["ip", "netns", "exec", self.guest, "iperf3", "-c", SERVER, "-p", str(PORT), "-J", "-t",
                                    str(seconds), "-O", "0.5", *more], capture_output=True, text=True, check=True)
-            out.append(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"] / 1e9)
+            said = json.loads(done.stdout)
+            if "sum_received" not in said["end"]:
+                sys.exit(f"looking.py: iperf3: {said.get('error', done.stdout)}")
+            out.append(said["end"]["sum_received"]["bits_per_second"] / 1e9)
         return out[0], out[1]
 
     @contextlib.contextmanager
