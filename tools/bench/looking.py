@@ -28,10 +28,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from spaces import REPO, inside, namespace, sh, tcp_socket  # first: it may run this again
+from spaces import REPO, inside, iperf3, namespace, sh, tcp_socket  # first: it may run this again
 
 SERVER = "198.51.100.2"
-PORT, TALK_PORT = 5201, 5300
+TALK_PORT = 5300
 MANY = """
 import socket, sys
 for n in range(int(sys.argv[1])):
@@ -46,7 +46,7 @@ for n in range(int(sys.argv[1])):
 
 
 class Session:
-    """`ringnet attach` between two namespaces, an iperf3 server and an echo server on the host side."""
+    """`ringnet attach` between two namespaces, and an echo server on the host side."""
 
     def __init__(self, stack: contextlib.ExitStack, mtu: int, flows: int) -> None:
         self.host, self.guest = stack.enter_context(namespace("h")), stack.enter_context(namespace("g"))
@@ -66,7 +66,6 @@ class Session:
         stack.callback(server.close)
         stack.callback(server.shutdown, socket.SHUT_RDWR)
         threading.Thread(target=self._echo, args=(server,), daemon=True).start()
-        self._start(stack, self.host, "iperf3", "-s", "-p", str(PORT))
         self.flows = flows
 
     @staticmethod
@@ -93,15 +92,9 @@ class Session:
 
     def bulk(self, seconds: float) -> tuple[float, float]:
         """Gbit/s up, down, by what arrived."""
-        out = []
-        for more in ((), ("-R",)):
-            done = subprocess.run(["ip", "netns", "exec", self.guest, "iperf3", "-c", SERVER, "-p", str(PORT), "-J", "-t",
-                                   str(seconds), "-O", "0.5", *more], capture_output=True, text=True, check=True)
-            said = json.loads(done.stdout)
-            if "sum_received" not in said["end"]:
-                sys.exit(f"looking.py: iperf3: {said.get('error', done.stdout)}")
-            out.append(said["end"]["sum_received"]["bits_per_second"] / 1e9)
-        return out[0], out[1]
+        up, down = (iperf3(self.host, self.guest, SERVER, seconds, "-O", "0.5", *more)["sum_received"]["bits_per_second"] / 1e9
+                    for more in ((), ("-R",)))
+        return up, down
 
     @contextlib.contextmanager
     def looking(self, *args: str) -> Iterator[subprocess.Popen[str]]:

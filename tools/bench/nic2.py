@@ -20,7 +20,6 @@ import json
 import os
 import select
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spaces import PATIENCE, REPO, namespace, program, sh  # first: it may run this again
+from spaces import PATIENCE, REPO, iperf3, namespace, program, sh  # first: it may run this again
 
 RINGNET = (sys.executable, "-P", "-m", "pipeline")
 
@@ -130,16 +129,7 @@ WAYS = {"kernel": kernel, "ringnet": ringnet, "socat": socat}
 
 def measure(way: Way, secs: float, down: bool) -> tuple[float, int]:
     """Gbit/s that the receiver got, and segments the sender sent again."""
-    server = ("ip", "netns", "exec", way.host, "iperf3", "-s", "-1", "--forceflush")
-    with subprocess.Popen(server, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout
-        while "listening" not in (line := child.stdout.readline()):
-            if not line:
-                sys.exit("nic2.py: iperf3 -s ended")
-        out = sh("ip", "netns", "exec", way.guest, "iperf3", "-c", way.address, "-t", str(secs), "-J",
-                 *(["-R"] if down else []))
-        child.stdout.read()
-    end = json.loads(out)["end"]
+    end = iperf3(way.host, way.guest, way.address, secs, *(["-R"] if down else []))
     return end["sum_received"]["bits_per_second"] / 1e9, end["sum_sent"]["retransmits"]
 
 

@@ -5,6 +5,7 @@ Importing it runs the script again in the virtual environment if that is where i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -79,3 +80,24 @@ def program(*argv: str, **more: Any) -> Iterator[subprocess.Popen[Any]]:
     finally:
         child.terminate()
         child.wait(PATIENCE)
+
+
+def iperf3(server: str, client: str, address: str, seconds: float, *flags: str) -> dict[str, Any]:
+    """The "end" of what iperf3 says of one connection between two namespaces. A server for each: between two clients of
+    one server there is a moment in which it does not listen. Exits with iperf3's own words if it fails."""
+    argv = ("ip", "netns", "exec", server, "iperf3", "-s", "-1", "--forceflush")
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as listener:
+        assert listener.stdout
+        try:
+            while "listening" not in (line := listener.stdout.readline()):
+                if not line:
+                    sys.exit(f"{Path(sys.argv[0]).name}: iperf3 -s ended")
+            said = json.loads(subprocess.run(["ip", "netns", "exec", client, "iperf3", "-c", address, "-J", "-t", str(seconds),
+                                              *flags], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False).stdout)
+            if "sum_received" not in said["end"]:
+                sys.exit(f"{Path(sys.argv[0]).name}: iperf3: {said.get('error', 'no result')}")
+        except BaseException:
+            listener.terminate()
+            raise
+        listener.stdout.read()
+    return dict(said["end"])
