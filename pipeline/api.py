@@ -97,15 +97,25 @@ class ForwardInfo(Struct, frozen=True, kw_only=True):
     guest_addr: str  # "" is the guest, whatever address it has
     guest_port: int
     owner: str
+    auto: bool = False  # made by a rule `auto`, and goes with what the guest listens on
 
 
 def forward_info(f: Forward) -> ForwardInfo:
     return ForwardInfo(proto=f.proto, host_addr=f.host_addr, ifname=f.ifname, host_port=f.host_port,
-                       guest_addr=f.guest_addr, guest_port=f.guest_port, owner=f.owner)
+                       guest_addr=f.guest_addr, guest_port=f.guest_port, owner=f.owner, auto=f.auto)
+
+
+class AutoInfo(Struct, frozen=True, kw_only=True):
+    """A rule `auto`."""
+
+    proto: str
+    spec: str
+    owner: str
 
 
 class Forwards(Struct, frozen=True, kw_only=True):
     forwards: list[ForwardInfo]
+    autos: list[AutoInfo] = []  # with the first page
     next: int | None  # `start` of the next page, null at the end
 
 
@@ -615,8 +625,8 @@ class Dump(Call, kw_only=True):
     directory: Annotated[str, Meta(pattern="^/")]
 
 
-EventName = Literal["stage", "forward-added", "forward-removed", "hosts-changed", "policy-changed", "flow-refused",
-                    "lease-given", "nic-changed"]
+EventName = Literal["stage", "forward-added", "forward-removed", "forward-skipped", "hosts-changed", "policy-changed",
+                    "flow-refused", "lease-given", "nic-changed"]
 
 
 class Subscribe(Call, kw_only=True):
@@ -655,6 +665,13 @@ class ForwardAdded(Event, kw_only=True, tag="forward-added"):
 
 class ForwardRemoved(Event, kw_only=True, tag="forward-removed"):
     forward: ForwardInfo
+
+
+class ForwardSkipped(Event, kw_only=True, tag="forward-skipped"):
+    """The guest listens there and a rule `auto` would follow, but the host's port cannot be had."""
+
+    forward: ForwardInfo
+    reason: str
 
 
 class HostsChanged(Event, kw_only=True, tag="hosts-changed"):
@@ -698,8 +715,8 @@ class Lost(Event, kw_only=True, tag="lost"):
     count: int
 
 
-AnyEvent = (StageChanged | ForwardAdded | ForwardRemoved | HostsChanged | PolicyChanged | FlowRefused | LeaseGiven
-            | NicChanged | Lost)
+AnyEvent = (StageChanged | ForwardAdded | ForwardRemoved | ForwardSkipped | HostsChanged | PolicyChanged | FlowRefused
+            | LeaseGiven | NicChanged | Lost)
 
 
 def event_name(event: Event) -> str:

@@ -263,7 +263,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
 
     def auto_forwards(self) -> list[Auto]:
         """Those of them that follow what the guest listens on. Raises ForwardSyntaxError."""
-        return autos({"tcp": self.tcp_ports, "udp": self.udp_ports})
+        return autos({"tcp": self.tcp_ports, "udp": self.udp_ports}, owner=FORWARDS_OWNER)
 
     def policy_rules(self, instead: Iterable[str] | None = None) -> tuple[PolicyRule, ...]:
         """--policy, --no-metadata and --no-host-loopback as one list; instead: of --policy's rules. Raises PolicyError."""
@@ -454,6 +454,7 @@ def check(s: Settings) -> Settings:
     for option, proto, specs in (("tcp-ports", "tcp", s.tcp_ports), ("udp-ports", "udp", s.udp_ports)):
         try:
             parse_all({proto: specs})
+            autos({proto: specs})
         except ForwardSyntaxError as e:
             raise ConfigError(f"--{option} {e}") from None
     try:

@@ -28,7 +28,7 @@ import socket
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,7 +38,8 @@ from pipeline.api import ApiError, Code
 from pipeline.captures import CaptureError, Captures
 from pipeline.config import FORWARDS_OWNER as OPTIONS_OWNER
 from pipeline.debug_api import DebugApi
-from pipeline.forwards import Forward, ForwardError, ForwardSyntaxError, Proto
+from pipeline.forwards import Auto, Forward, ForwardError, ForwardSyntaxError, Proto, parse_auto
+from pipeline.forwards import autos as parse_autos
 from pipeline.forwards import check as check_forward
 from pipeline.forwards import parse as parse_forwards
 from pipeline.hosts_book import Delta, HostsBook, NotThere
@@ -470,61 +471,79 @@ class ControlApi:
     # -- forwards
 
     @staticmethod
-    def _parse(specs: Iterable[str], proto: Proto, owner: str) -> list[Forward]:
+    def _parse(specs: Iterable[str], proto: Proto, owner: str) -> tuple[list[Forward], list[Auto]]:
         """Raises ApiError."""
+        specs = list(specs)
         try:
-            return list(dict.fromkeys(f for spec in specs for f in parse_forwards(spec, proto, owner=owner)))
+            autos = parse_autos({proto: specs}, owner=owner)
+            named = [s for s in specs if not parse_auto(s, proto)]
+            return list(dict.fromkeys(f for s in named for f in parse_forwards(s, proto, owner=owner))), autos
         except ForwardSyntaxError as e:
             raise ApiError(Code.BAD_ARGS, f"specs: {e}") from None
 
-    def _change(self, add: list[Forward], remove: list[Forward], close_flows: bool = False) -> api.Changed:
+    def _change(self, add: list[Forward], remove: list[Forward], close_flows: bool = False, *,
+                follow: Sequence[Auto] = (), unfollow: Sequence[Auto] = ()) -> api.Changed:
         """All of it, or, raising ApiError, nothing."""
         try:
-            made = self.session.change_forwards(add, remove, close_flows)
+            made = self.session.follower.change(add, remove, close_flows, follow=follow, unfollow=unfollow)
         except ForwardError as e:
             numbers = {f.errno for f in e.faults}
-            code = {frozenset({errno.EEXIST}): Code.CONFLICT, frozenset({errno.ENOENT}): Code.NOT_FOUND}.get(
-                frozenset(numbers), Code.FAILED)
+            code = {frozenset({errno.EEXIST}): Code.CONFLICT, frozenset({errno.ENOENT}): Code.NOT_FOUND,
+                    frozenset({errno.EOPNOTSUPP}): Code.UNSUPPORTED}.get(frozenset(numbers), Code.FAILED)
             raise ApiError(code, str(e)) from None
-        for forward in remove:
-            self.session.tell(api.ForwardRemoved(forward=api.forward_info(forward)))
-        for forward in made:
-            self.session.tell(api.ForwardAdded(forward=api.forward_info(forward)))
-        return api.Changed(added=len(made), removed=len(remove))
+        return api.Changed(added=len(made) + len(follow), removed=len(remove) + len(unfollow))
 
     def _forwards_add(self, client: Client, call: api.ForwardsAdd, done: Done) -> api.Changed:
-        there = set(self.session.forwards())  # the same again is no error
-        wanted = self._parse(call.specs, call.proto, call.owner)
-        return self._change([f for f in wanted if f not in there], [])
+        forwards, autos = self._parse(call.specs, call.proto, call.owner)
+        there, rules = set(self.session.forwards()), self.session.follower.rules  # the same again is no error
+        return self._change([f for f in forwards if f not in there], [], follow=[a for a in autos if a not in rules])
 
     def _forwards_remove(self, client: Client, call: api.ForwardsRemove, done: Done) -> api.Changed:
-        there = self.session.forwards()
+        there, rules = self.session.forwards(), self.session.follower.rules
         if not call.specs:
             if call.owner is None:
                 raise ApiError(Code.BAD_ARGS, "specs: missing, and so is owner; give one of them")
-            return self._change([], [f for f in there if f.owner == call.owner], call.close_flows)
-        by_endpoint = {f.endpoint: f for f in there}
-        found = []
-        for wanted in self._parse(call.specs, call.proto, ""):
+            return self._change([], [f for f in there if f.owner == call.owner and not f.auto], call.close_flows,
+                                unfollow=[r for r in rules if r.owner == call.owner])
+        by_endpoint, by_place = {f.endpoint: f for f in there}, {r.place: r for r in rules}
+        found: list[Forward] = []
+        stopped: list[Auto] = []
+        whose = "" if call.owner is None else f" of owner {call.owner!r}"
+        forwards, autos = self._parse(call.specs, call.proto, "")
+        for wanted in forwards:
             forward = by_endpoint.get(wanted.endpoint)
-            if forward is None and wanted.optional:
+            if wanted.optional and (forward is None or forward.auto):
                 continue  # one of "all" that could not be had
+            if forward is not None and forward.auto:
+                rule = next(r for r in rules if r.makes(forward))
+                raise ApiError(Code.CONFLICT, f"specs: {wanted}: {rule} follows what the guest listens on; remove that, or leave"
+                                              f" out the port: auto,~{wanted.host_port}")
             if forward is None or forward.guest_port != wanted.guest_port or call.owner not in (None, forward.owner):
-                whose = "" if call.owner is None else f" of owner {call.owner!r}"
                 raise ApiError(Code.NOT_FOUND, f"specs: {wanted}: there is no such forward{whose}")
             found.append(forward)
-        return self._change([], found, call.close_flows)
+        for auto in autos:
+            there_is = by_place.get(auto.place)
+            if (there_is is None or call.owner not in (None, there_is.owner)
+                    or auto.without and auto.without != there_is.without):
+                raise ApiError(Code.NOT_FOUND, f"specs: {auto}: there is no such rule{whose}")
+            stopped.append(there_is)
+        return self._change([], found, call.close_flows, unfollow=stopped)
 
     def _forwards_replace(self, client: Client, call: api.ForwardsReplace, done: Done) -> api.Changed:
-        wanted = self._parse(call.tcp, "tcp", call.owner) + self._parse(call.udp, "udp", call.owner)
-        mine = [f for f in self.session.forwards() if f.owner == call.owner]
+        tcp, udp = self._parse(call.tcp, "tcp", call.owner), self._parse(call.udp, "udp", call.owner)
+        wanted, autos = tcp[0] + udp[0], tcp[1] + udp[1]
+        mine = [f for f in self.session.forwards() if f.owner == call.owner and not f.auto]
+        rules = [r for r in self.session.follower.rules if r.owner == call.owner]
         have, want = set(mine), set(wanted)
-        return self._change([f for f in wanted if f not in have], [f for f in mine if f not in want], call.close_flows)
+        return self._change([f for f in wanted if f not in have], [f for f in mine if f not in want], call.close_flows,
+                            follow=[a for a in autos if a not in rules], unfollow=[r for r in rules if r not in autos])
 
     def _forwards_list(self, client: Client, call: api.ForwardsList, done: Done) -> api.Forwards:
         found = [f for f in self.session.forwards() if call.owner in (None, f.owner)]
         page, following = _page(found, call.start, call.limit)
-        return api.Forwards(forwards=[api.forward_info(f) for f in page], next=following)
+        autos = [] if call.start else [api.AutoInfo(proto=r.proto, spec=r.spec, owner=r.owner)
+                                       for r in self.session.follower.rules if call.owner in (None, r.owner)]
+        return api.Forwards(forwards=[api.forward_info(f) for f in page], autos=autos, next=following)
 
     # -- names
 

@@ -67,7 +67,7 @@ def parser() -> Parser:
 
     forward = group("forward", "ports of the host that lead to the guest")
     p = add(forward, "add", forward_add, "forward ports; all, or none")
-    p.add_argument("spec", nargs="+", metavar="SPEC", help="like 8080:80 (docs/forwards.md)")
+    p.add_argument("spec", nargs="+", metavar="SPEC", help="like 8080:80, or auto (docs/forwards.md)")
     _udp_owner(p)
     p = add(forward, "ls", forward_ls, "what is forwarded")
     p.add_argument("--owner", help="only what this owner added")
@@ -238,11 +238,13 @@ def _host(address: str) -> str:
 
 
 def forward_ls(client: Client, args: argparse.Namespace, out: Output) -> None:
-    found = [f for page in client.pages(api.ForwardsList(owner=args.owner)) for f in page.forwards]
-    rows = [[f.proto, f"{_host(f.host_addr)}{'%' + f.ifname if f.ifname else ''}:{f.host_port}",
-             f"{f.guest_addr or 'guest'}:{f.guest_port}", f.owner] for f in found]
-    out.show(api.Forwards(forwards=found, next=None), table(["proto", "host", "guest", "owner"], rows,
-                                                            frozenset({0, 1, 2, 3})) if rows else "no forwards")
+    pages = list(client.pages(api.ForwardsList(owner=args.owner)))
+    found, autos = [f for page in pages for f in page.forwards], pages[0].autos
+    rows = [[a.proto, a.spec, "what it listens on", a.owner] for a in autos]
+    rows += [[f.proto, f"{_host(f.host_addr)}{'%' + f.ifname if f.ifname else ''}:{f.host_port}",
+              f"{f.guest_addr or 'guest'}:{f.guest_port}{' (auto)' if f.auto else ''}", f.owner] for f in found]
+    out.show(api.Forwards(forwards=found, autos=autos, next=None),
+             table(["proto", "host", "guest", "owner"], rows, frozenset({0, 1, 2, 3})) if rows else "no forwards")
 
 
 def forward_rm(client: Client, args: argparse.Namespace, out: Output) -> None:

@@ -14,8 +14,7 @@
     %eth0/22                  any address, only by that interface
     0.0.0.0/22, [::]/22       every address of one family; without, of both
 
-`auto` is no list of rules but a standing order (Auto; pipeline/auto_forwards.py), for -t and -u of a guest that can be
-looked into.
+`auto` is no list of rules but a standing order (Auto; pipeline/auto_forwards.py), for a guest that can be looked into.
 """
 from __future__ import annotations
 
@@ -47,6 +46,7 @@ class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     guest_port: Annotated[int, Meta(ge=1, le=65535)]
     owner: str = ""  # for those who change rules together
     optional: bool = False  # it is no error if it cannot be bound (`all`)
+    auto: bool = False  # made by an Auto, and goes with what the guest listens on
 
     @property
     def endpoint(self) -> tuple[str, str, str, int]:
@@ -64,6 +64,30 @@ class Auto(Struct, frozen=True, kw_only=True):
     host_addr: str = ""
     ifname: str = ""
     without: frozenset[int] = frozenset()  # ports
+    owner: str = ""  # of it, and of the forwards it makes
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What no two of a session share."""
+        return self.proto, self.host_addr, self.ifname
+
+    def makes(self, f: Forward) -> bool:
+        """Is it one of this one's?"""
+        return (f.auto and self.place == (f.proto, f.host_addr, f.ifname) and self.owner == f.owner
+                and f.host_port not in self.without)
+
+    @property
+    def spec(self) -> str:
+        runs: list[range] = []
+        for port in sorted(self.without):
+            if runs and port == runs[-1].stop:
+                runs[-1] = range(runs[-1].start, port + 1)
+            else:
+                runs.append(range(port, port + 1))
+        return _place(self.host_addr, self.ifname) + ",".join(["auto", *(f"~{_span(r.start, r[-1])}" for r in runs)])
+
+    def __str__(self) -> str:
+        return f"{self.proto} {self.spec}"
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -89,7 +113,8 @@ def check(f: Forward) -> Forward:
     if ":" in guest:
         raise ForwardSyntaxError(f"{f.guest_addr}: the guest has no IPv6 address yet")
     return Forward(proto=f.proto, host_addr=_address(f.host_addr, f.host_addr), ifname=_interface(f.ifname, f.ifname),
-                   host_port=f.host_port, guest_addr=guest, guest_port=f.guest_port, owner=f.owner, optional=f.optional)
+                   host_port=f.host_port, guest_addr=guest, guest_port=f.guest_port, owner=f.owner, optional=f.optional,
+                   auto=f.auto)
 
 
 def _address(spec: str, text: str) -> str:
@@ -151,7 +176,7 @@ def _where(spec: str) -> tuple[str, str, str]:
     return _address(spec, address), _interface(spec, ifname), ports
 
 
-def parse_auto(spec: str, proto: Proto) -> Auto | None:
+def parse_auto(spec: str, proto: Proto, *, owner: str = "") -> Auto | None:
     """The spec, if it says `auto`. Raises ForwardSyntaxError."""
     parts = spec.rpartition("/")[2].split(",")
     if "auto" not in parts:
@@ -164,12 +189,19 @@ def parse_auto(spec: str, proto: Proto) -> Auto | None:
             raise ForwardSyntaxError(f"{spec}: {part or 'nothing'}: beside auto only what is left out, like ~22; name ports"
                                      " in a spec of their own")
         without.update(_range(spec, part, part[1:]))
-    return Auto(proto=proto, host_addr=address, ifname=ifname, without=frozenset(without))
+    return Auto(proto=proto, host_addr=address, ifname=ifname, without=frozenset(without), owner=owner)
 
 
-def autos(specs: dict[Proto, Iterable[str]]) -> list[Auto]:
-    """Those of all -t and -u that say `auto`. Raises ForwardSyntaxError."""
-    return [a for proto, texts in specs.items() for text in texts if (a := parse_auto(text, proto))]
+def autos(specs: dict[Proto, Iterable[str]], *, owner: str = "") -> list[Auto]:
+    """Those of all specs that say `auto`. Raises ForwardSyntaxError: also if two are for the same address and interface."""
+    found: dict[tuple[str, str, str], Auto] = {}
+    for proto, texts in specs.items():
+        for text in texts:
+            if (auto := parse_auto(text, proto, owner=owner)) is None:
+                continue
+            if found.setdefault(auto.place, auto) != auto:
+                raise ForwardSyntaxError(f"{text}: beside {found[auto.place].spec}: say all that is left out in one of them")
+    return list(found.values())
 
 
 def parse(spec: str, proto: Proto, *, owner: str = "", outgoing: range | None = None) -> list[Forward]:
@@ -185,8 +217,7 @@ def parse(spec: str, proto: Proto, *, owner: str = "", outgoing: range | None = 
     everything = ports == "all"
     for part in () if everything else ports.split(","):
         if part in ("none", "all", "auto"):
-            why = "only -t and -u follow what the guest listens on; name ports, or say all" if part == "auto" \
-                else "cannot be combined with others"
+            why = "no list of ports (parse_auto)" if part == "auto" else "cannot be combined with others"
             raise ForwardSyntaxError(f"{spec}: {part}: {why}")
         if part.startswith("~"):
             if ":" in part:
@@ -209,13 +240,20 @@ def parse(spec: str, proto: Proto, *, owner: str = "", outgoing: range | None = 
                     optional=everything) for p in sorted(targets.keys() - left_out)]
 
 
+def _place(address: str, ifname: str) -> str:
+    """What stands in front of the ports."""
+    where = (f"[{address}]" if ":" in address else address) + (f"%{ifname}" if ifname else "")
+    return f"{where}/" if where else ""
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
 def render(rules: list[Forward]) -> str:
     """Rules of one host address and interface in the grammar; the guest's address and the owner have no place in it."""
     if not rules:
         return "none"
-    f = rules[0]
-    address = f"[{f.host_addr}]" if ":" in f.host_addr else f.host_addr
-    where = address + (f"%{f.ifname}" if f.ifname else "")
     runs: list[list[Forward]] = []
     for rule in sorted(rules, key=lambda r: r.host_port):
         before = runs[-1][-1] if runs else None
@@ -224,14 +262,11 @@ def render(rules: list[Forward]) -> str:
         else:
             runs.append([rule])
 
-    def span(first: int, last: int) -> str:
-        return str(first) if first == last else f"{first}-{last}"
-
     parts = []
     for run in runs:
-        host, guest = (span(run[0].host_port, run[-1].host_port), span(run[0].guest_port, run[-1].guest_port))
+        host, guest = (_span(run[0].host_port, run[-1].host_port), _span(run[0].guest_port, run[-1].guest_port))
         parts.append(host if host == guest else f"{host}:{guest}")
-    return (f"{where}/" if where else "") + ",".join(parts)
+    return _place(rules[0].host_addr, rules[0].ifname) + ",".join(parts)
 
 
 def parse_all(specs: dict[Proto, Iterable[str]], *, owner: str = "") -> list[Forward]:

@@ -91,7 +91,9 @@ class Change:
     """A change that can be: all is bound. Ends with commit() or abort()."""
 
     def __init__(self, listeners: Listeners, fresh: list[Held], reused: list[Held], relabelled: list[Held],
-                 removed: list[Held]) -> None:
+                 removed: list[Held], skipped: Iterable[Fault] = ()) -> None:
+        """skipped: optional ones that could not be had."""
+        self.skipped = tuple(skipped)
         self._listeners, self._fresh, self._reused = listeners, fresh, reused
         self._relabelled, self._removed = relabelled, removed
 
@@ -147,6 +149,7 @@ class Listeners:
     def prepare(self, add: Iterable[Forward], remove: Iterable[Forward]) -> Change:
         """Bind what is added. Raises ForwardError with every reason; then nothing is bound."""
         faults: list[Fault] = []
+        skipped: list[Fault] = []
         removed: dict[tuple[str, str, str, int], Held] = {}
         for f in remove:
             held = self.held.get(f.endpoint)
@@ -167,11 +170,13 @@ class Listeners:
                 except ForwardSyntaxError as e:
                     faults.append(Fault(forward=given, errno=errno.EINVAL, text=str(e)))
                 except OSError as e:
-                    if given.optional and e.errno != errno.EMFILE:
-                        continue
                     hint = _HINTS.get(e.errno or 0)
                     text = f"{e.strerror}: {hint}" if hint else str(e.strerror or e)
-                    faults.append(Fault(forward=given, errno=e.errno or 0, text=text))
+                    fault = Fault(forward=given, errno=e.errno or 0, text=text)
+                    if given.optional and e.errno != errno.EMFILE:
+                        skipped.append(fault)
+                        continue
+                    faults.append(fault)
                     if e.errno == errno.EMFILE:
                         break  # so will be the others
             if faults:
@@ -181,7 +186,7 @@ class Listeners:
                 h.sock.close()
             raise
         kept = {h.forward.endpoint for h in relabelled}
-        return Change(self, fresh, reused, relabelled, [h for key, h in removed.items() if key not in kept])
+        return Change(self, fresh, reused, relabelled, [h for key, h in removed.items() if key not in kept], skipped)
 
     def _add(self, f: Forward, removed: dict[tuple[str, str, str, int], Held], fresh: list[Held], reused: list[Held],
              relabelled: list[Held], seen: set[tuple[str, str, str, int]]) -> None:

@@ -34,7 +34,7 @@ import msgspec
 from msgspec import Struct
 
 from pipeline import api, dumps, logs
-from pipeline.auto_forwards import Follower
+from pipeline.auto_forwards import UNSEEN, Follower
 from pipeline.config import ConfigError, LinkKind, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
 from pipeline.listeners import Change, Listeners
@@ -312,7 +312,7 @@ class Session:
         self._dns: socket.socket | None = None
         self._link_end: select.epoll | None = None
         self._asked = 0
-        self._follower: Follower | None = None
+        self.follower = Follower(self, settings.network, self._warn)
         self._configs: dict[str, dict[str, Any]] = {}
         self.policy = PolicyBook(settings.policy_rules())
         self._levels: dict[str, Level] = {}  # set while it runs, by stage; "": all
@@ -663,15 +663,18 @@ class Session:
         return self._listeners.forwards()
 
     def change_forwards(self, add: Iterable[Forward] = (), remove: Iterable[Forward] = (),
-                        close_flows: bool = False) -> list[Forward]:
+                        close_flows: bool = False, skipped: Callable[[Fault], None] = lambda fault: None) -> list[Forward]:
         """Add and remove forwards, all or none, and return when it is so: what was added, as it is (with the port that
         was free for port 0). A port in both lists passes over without a gap. close_flows: connections of removed forwards
-        are reset; otherwise they live on.
+        are reset; otherwise they live on. skipped: told of each optional one that could not be had. For rules `auto` beside
+        them, and events: follower.change.
 
         Waits for egress, which takes well under a millisecond a message of 60. Raises ForwardError with every reason.
         """
         change = self._listeners.prepare(add, remove)
         self._apply(change, close_flows=close_flows)
+        for fault in change.skipped:
+            skipped(fault)
         return change.forwards
 
     def change_policy(self, rules: Iterable[str], then: Callable[[str], None]) -> None:
@@ -690,10 +693,10 @@ class Session:
 
     def _bind_forwards(self) -> Change:
         """The sockets of -t and -u, early: who may not have them shall not have to wait. Raises SessionError."""
-        if (autos := self.settings.auto_forwards()) and not any(a.proto in self.link.tables for a in autos):
-            raise SessionError(Exit.USAGE, f"--{autos[0].proto}-ports auto: what this guest listens on cannot be seen: that of"
-                               " a namespace (run, attach) can, where /proc shows it, that of a virtual machine cannot;"
-                               " name the ports, or say all")
+        self.follower.see(self.link.tables)
+        for auto in self.settings.auto_forwards():
+            if self.follower.unseen(auto):
+                raise SessionError(Exit.USAGE, f"--{auto.proto}-ports {auto.spec}: {UNSEEN}")
         try:
             change = self._listeners.prepare(self.settings.forwards(), ())
         except ForwardError as e:
@@ -821,8 +824,10 @@ class Session:
                     raise SessionError(*(self._failure or (Exit.RUNTIME, f"cannot forward: {e}"))) from e
             self._up = True
             self.started_at = time.monotonic()
-            if autos := self.settings.auto_forwards():
-                self._follower = Follower(self, autos, self.link.tables, self.settings.network, self._warn)
+            try:
+                self.follower.change(follow=self.settings.auto_forwards())
+            except ForwardError as e:
+                raise SessionError(*(self._failure or (Exit.RUNTIME, f"cannot forward: {e}"))) from e
             if self.nic2 is not None:
                 self.nic2.started()
         except BaseException:
@@ -1142,8 +1147,6 @@ class Session:
         for fd in self._extras.values():
             os.close(fd)
         self._extras = {}
-        if self._follower is not None:
-            self._follower.close()
-            self._follower = None
+        self.follower.close()
         self._listeners.close()
         self._selector.close()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import api
+from pipeline.auto_forwards import Follower
 from pipeline.config import make
 from pipeline.control_api import ControlApi
 from pipeline.forwards import Fault, Forward, ForwardError
@@ -81,9 +82,11 @@ class FakeSession:
         self.sizes: list[int] = []  # names in each part
         self.held: dict[object, Forward] = {}
         self.taken: set[int] = set()  # host ports that cannot be bound
+        self.follower = Follower(self, self.settings.network, lambda text: None)
         self._selector = selectors.DefaultSelector()
 
     def close(self) -> None:
+        self.follower.close()
         assert not self._selector.get_map(), "a descriptor is still watched"
         self._selector.close()
         self.memory.close()
@@ -145,11 +148,15 @@ class FakeSession:
         return sorted(self.held.values(), key=lambda f: (f.proto, f.host_port))
 
     def change_forwards(self, add: Iterable[Forward] = (), remove: Iterable[Forward] = (),
-                        close_flows: bool = False) -> list[Forward]:
+                        close_flows: bool = False, skipped: Callable[[Fault], None] = lambda fault: None) -> list[Forward]:
         add, remove = list(add), list(remove)
         there = {e: f for e, f in self.held.items() if f not in remove}
         faults = [Fault(forward=f, errno=errno.EADDRINUSE, text="the port is taken on this host") for f in add
                   if f.host_port in self.taken]
+        for fault in [f for f in faults if f.forward and f.forward.optional]:
+            skipped(fault)
+            faults.remove(fault)
+            add.remove(fault.forward)  # type: ignore[arg-type]
         faults += [Fault(forward=f, errno=errno.EEXIST, text=f"of owner {there[f.endpoint].owner}") for f in add
                    if f.endpoint in there]
         if faults:

@@ -21,7 +21,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
 CALLS = st.sampled_from([c for c in api.CALLS if c not in ("cancel", "subscribe")])
 ARGS = st.dictionaries(st.sampled_from(["specs", "proto", "owner", "names", "domains", "start", "limit", "flow",
                                         "level", "tcp", "udp", "close_flows", "nic", "x"]),
-                       JSON | st.lists(st.sampled_from(["80", "8080:80", "1-5", "~3", "all"]), max_size=3)
+                       JSON | st.lists(st.sampled_from(["80", "8080:80", "1-5", "~3", "all", "auto", "auto,~3"]), max_size=3)
                        | st.dictionaries(st.sampled_from(["a", "b.c", "*.d", "host"]),
                                          st.lists(st.sampled_from(["10.0.2.9", "fd00::1", "x"]), max_size=2),
                                          max_size=2),

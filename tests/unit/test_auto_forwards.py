@@ -1,4 +1,4 @@
-"""-t auto: what is read of the kernel's tables, what becomes of it, and how a session's forwards follow."""
+"""`auto`: what is read of the kernel's tables, what becomes of it, how a session's forwards follow, and rules that change."""
 from __future__ import annotations
 
 import contextlib
@@ -83,8 +83,10 @@ def test_what_is_followed() -> None:
     assert ports(udp, ("", 53), ("", 40000), ("", 68), ("10.0.2.2", 69)) == [("", 53), ("10.0.2.2", 69)]
     assert ports(Auto(proto="tcp", without=frozenset({80})), ("", 80), ("", 81)) == [("", 81)]
     assert len(ports(tcp, *(("", n) for n in range(1, 3000)))) == PORTS_MAX
-    (f,) = wanted([Auto(proto="tcp", host_addr="192.0.2.1", ifname="eth0")], {"tcp": {("", 80)}}, NETWORK, range(0))
-    assert (f.host_addr, f.ifname, f.owner, f.optional) == ("192.0.2.1", "eth0", "auto", True)
+    rule = Auto(proto="tcp", host_addr="192.0.2.1", ifname="eth0", owner="box1")
+    (f,) = wanted([rule], {"tcp": {("", 80)}}, NETWORK, range(0))
+    assert (f.host_addr, f.ifname, f.owner, f.optional, f.auto) == ("192.0.2.1", "eth0", "box1", True, True)
+    assert rule.makes(f) and not Auto(proto="tcp", host_addr="192.0.2.1", ifname="eth0", owner="box2").makes(f)
 
 
 @given(st.binary(max_size=300), st.sampled_from(["tcp", "udp"]))
@@ -118,11 +120,25 @@ def test_specs_that_are_wrong(spec: str, names: str) -> None:
         make({"tcp-ports": [spec]})
 
 
+@pytest.mark.parametrize("spec", ["auto", "127.0.0.1/auto,~22", "[::1]%lo/auto,~1-3,~5"])
+def test_a_rule_is_written_as_it_is_read(spec: str) -> None:
+    made = parse_auto(spec, "tcp", owner="me")
+    assert made and made.owner == "me" and made.spec == spec and str(made) == f"tcp {spec}"
+
+
+def test_two_of_one_place() -> None:
+    assert len(autos({"tcp": ["auto", "%lo/auto", "auto"], "udp": ["auto"]})) == 3
+    with pytest.raises(ForwardSyntaxError, match="auto,~22: beside auto: say all that is left out in one of them"):
+        autos({"tcp": ["auto", "auto,~22"]})
+    with pytest.raises(ConfigError, match="^--udp-ports auto,~22: beside auto"):
+        make({"udp-ports": ["auto", "auto,~22"]})
+
+
 def test_a_guest_that_cannot_be_looked_into_is_refused() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         s = Session(make({"udp-ports": ["auto"], "quiet": True}), link=Link(fd=theirs.fileno(), kind="dgram", vnet=False))
-        with pytest.raises(SessionError, match="--udp-ports auto: .* virtual machine cannot; name the ports") as e:
+        with pytest.raises(SessionError, match="--udp-ports auto: what .* virtual machine cannot; name the ports") as e:
             s.start()
         assert e.value.code is Exit.USAGE
 
@@ -147,20 +163,30 @@ class Fake:
         del self.watched[fd]
 
     def forwards(self) -> list[Forward]:
-        return list(self.held.values())
+        return sorted(self.held.values(), key=lambda f: (f.proto, f.host_port))
 
-    def change_forwards(self, add: Iterable[Forward] = (), remove: Iterable[Forward] = ()) -> list[Forward]:
+    def change_forwards(self, add: Iterable[Forward] = (), remove: Iterable[Forward] = (), close_flows: bool = False,
+                        skipped: Callable[[Fault], None] = lambda fault: None) -> list[Forward]:
         self.changes += 1
         if self.error:
             raise ForwardError([Fault(forward=None, errno=errno.EMFILE, text=self.error)])
         for f in remove:
             del self.held[f.endpoint]
         made = [f for f in add if f.host_port not in self.taken]
+        for f in add:
+            if f not in made:
+                skipped(Fault(forward=f, errno=errno.EADDRINUSE, text="taken"))
         self.held |= {f.endpoint: f for f in made}
         return made
 
     def tell(self, event: api.Event) -> None:
         self.told.append(event)
+
+    def said(self) -> list[tuple[str, int, bool]]:
+        """Events since the last time: what, port, by a rule `auto`?"""
+        told = [(api.event_name(e), e.forward.host_port, e.forward.auto) for e in self.told]  # type: ignore[attr-defined]
+        self.told.clear()
+        return told
 
     def ports(self) -> list[int]:
         return sorted(f.host_port for f in self.held.values())
@@ -184,72 +210,158 @@ def table(*there: int) -> Iterator[tuple[dict[str, int], Callable[..., None]]]:
         os.close(fd)
 
 
-def test_forwards_come_and_go_with_the_guests_listeners() -> None:
-    session = Fake()
-    said: list[str] = []
-    session.change_forwards([Forward(proto="tcp", host_port=22, guest_port=2222, owner="options")])
-    with table(22, 8080, 8081) as (tables, write):
-        session.taken = {8081}
-        follower = Follower(session, [Auto(proto="tcp")], tables, NETWORK, said.append)
-        assert session.ports() == [22, 8080] and [e.forward.host_port for e in session.told] == [8080]  # type: ignore[attr-defined]
-        session.taken = set()
-        follower.look()
-        assert session.ports() == [22, 8080, 8081]
-        changes = session.changes
-        follower.look()
-        assert session.changes == changes  # nothing new: nothing is done
-        write(22, 8081)
-        follower.look()
-        assert session.ports() == [22, 8081]
-        assert session.held["tcp", "", "", 22].guest_port == 2222  # somebody else's: left alone
-        session.error = "too many descriptors in use"
-        write(22, 8081, 9000)
-        follower.look()
-        follower.look()
-        assert said == ["cannot follow the guest's ports: too many descriptors in use"]
-        session.error = ""
-        (callback,) = session.watched.values()
-        session.ending = True
-        select.select(list(session.watched), [], [])
-        callback()
-        assert session.ports() == [22, 8081]  # what ends is not followed
-        session.ending = False
-        select.select(list(session.watched), [], [])  # by the timer
-        callback()
-        assert session.ports() == [22, 8081, 9000]
+@pytest.fixture
+def session() -> Fake:
+    return Fake()
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@contextlib.contextmanager
+def following(session: Fake, said: list[str], tables: dict[str, int], *rules: Auto) -> Iterator[Follower]:
+    follower = Follower(session, NETWORK, said.append)
+    follower.see(tables)
+    try:
+        follower.change(follow=rules)
+        yield follower
+    finally:
         follower.close()
         follower.close()
         assert session.watched == {}
-        assert [type(e).__name__ for e in session.told] == ["ForwardAdded", "ForwardAdded", "ForwardRemoved", "ForwardAdded"]
 
 
-def test_a_table_that_cannot_be_read_is_said_once() -> None:
-    session, said = Fake(), []
+TCP_AUTO = Auto(proto="tcp", owner="options")
+
+
+def named(port: int, to: int = 0, owner: str = "") -> Forward:
+    return Forward(proto="tcp", host_port=port, guest_port=to or port, owner=owner)
+
+
+def test_forwards_come_and_go_with_the_guests_listeners(session: Fake, said: list[str]) -> None:
+    session.change_forwards([named(22, 2222)])
+    with table(22, 8080, 8081) as (tables, write):
+        session.taken = {8081}
+        with following(session, said, tables, TCP_AUTO) as follower:
+            assert session.ports() == [22, 8080]
+            assert session.said() == [("forward-added", 8080, True), ("forward-skipped", 8081, True)]
+            assert said == ["tcp 8081: the guest listens there, but it is not forwarded: taken; it is tried again each second"]
+            follower.look()
+            assert session.said() == [] and len(said) == 1  # as before: nothing more is said
+            session.taken = set()
+            follower.look()
+            assert session.ports() == [22, 8080, 8081] and session.said() == [("forward-added", 8081, True)]
+            changes = session.changes
+            follower.look()
+            assert session.changes == changes  # nothing new: nothing is done
+            write(22, 8081)
+            follower.look()
+            assert session.ports() == [22, 8081] and session.said() == [("forward-removed", 8080, True)]
+            assert session.held["tcp", "", "", 22].guest_port == 2222  # somebody else's: left alone
+            session.error = "too many descriptors in use"
+            write(22, 8081, 9000)
+            follower.look()
+            follower.look()
+            assert said[1:] == ["cannot follow the guest's ports: too many descriptors in use"]
+            session.error = ""
+            (callback,) = session.watched.values()
+            session.ending = True
+            select.select(list(session.watched), [], [])
+            callback()
+            assert session.ports() == [22, 8081]  # what ends is not followed
+            session.ending = False
+            select.select(list(session.watched), [], [])  # by the timer
+            callback()
+            assert session.ports() == [22, 8081, 9000]
+
+
+def test_a_port_is_skipped_again_with_another_event_but_no_other_line(session: Fake, said: list[str]) -> None:
+    with table(8081, 8082) as (tables, write):
+        session.taken = {8081, 8082}
+        with following(session, said, tables, TCP_AUTO) as follower:
+            assert len(said) == 1 and said[0].startswith("tcp 8081 (and 1 more): the guest listens there")
+            for _ in range(3):
+                write()
+                follower.look()
+                write(8082)
+                follower.look()
+            assert [e for e in session.said() if e[1] == 8082] == [("forward-skipped", 8082, True)] * 4
+            assert len(said) == 1
+
+
+def test_rules_that_come_and_go_while_it_runs(session: Fake, said: list[str]) -> None:
+    with table(80, 81, 82) as (tables, write), following(session, said, tables) as follower:
+        assert session.watched == {} and session.changes == 1  # without a rule nobody looks
+        rule = Auto(proto="tcp", owner="box1", without=frozenset({80}))
+        assert follower.change([named(8080)], follow=[rule]) == [named(8080)]
+        assert follower.rules == [rule] and session.ports() == [81, 82, 8080] and len(session.watched) == 1
+        assert session.said() == [("forward-added", 8080, False), ("forward-added", 81, True), ("forward-added", 82, True)]
+        # the same place, others left out: what both want is not touched
+        other = Auto(proto="tcp", owner="box1", without=frozenset({81}))
+        follower.change(follow=[other], unfollow=[rule])
+        assert session.said() == [("forward-removed", 81, True), ("forward-added", 80, True)]
+        # a forward by name takes a followed one's place, and gives it back
+        follower.change([named(80, 8000)])
+        assert session.held["tcp", "", "", 80] == named(80, 8000)
+        assert session.said() == [("forward-removed", 80, True), ("forward-added", 80, False)]
+        follower.look()
+        assert session.said() == []
+        follower.change(remove=[named(80, 8000)])
+        assert session.said() == [("forward-removed", 80, False), ("forward-added", 80, True)]
+        follower.change(unfollow=[other])
+        assert session.ports() == [8080] and follower.rules == [] and session.watched == {}
+        assert session.said() == [("forward-removed", 80, True), ("forward-removed", 82, True)]
+
+
+def test_a_change_of_rules_happens_whole_or_not(session: Fake, said: list[str]) -> None:
+    mine, theirs = Auto(proto="tcp", owner="me"), Auto(proto="tcp", owner="they", without=frozenset({9}))
+    with table(80) as (tables, _), following(session, said, tables) as follower:
+        for change, number, text in (
+                ({"follow": [Auto(proto="udp")]}, errno.EOPNOTSUPP, "udp auto: what this guest listens on cannot be seen"),
+                ({"unfollow": [mine]}, errno.ENOENT, "tcp auto: there is no such rule")):
+            with pytest.raises(ForwardError, match=text) as e:
+                follower.change([named(8080)], **change)
+            assert [f.errno for f in e.value.faults] == [number]
+            assert session.held == {} and session.watched == {}
+        session.error = "no"
+        with pytest.raises(ForwardError, match="no"):
+            follower.change([named(8080)], follow=[mine])
+        session.error = ""
+        assert session.held == {} and session.watched == {} and follower.rules == []
+        follower.change(follow=[mine])
+        with pytest.raises(ForwardError, match="tcp auto,~9: there is tcp auto already, of owner me"):
+            follower.change([named(8080)], follow=[theirs])
+        session.error = "no"
+        with pytest.raises(ForwardError, match="no"):
+            follower.change(unfollow=[mine])
+        session.error = ""
+        assert follower.rules == [mine] and session.ports() == [80] and len(session.watched) == 1
+
+
+def test_a_table_that_cannot_be_read_is_said_once(session: Fake, said: list[str]) -> None:
     ours, theirs = os.pipe()  # cannot be sought in: an OSError, as a table might give one
-    with table(80) as (tables, _):
-        follower = Follower(session, [Auto(proto="tcp")], tables, NETWORK, said.append)
-        os.dup2(ours, follower._tables["tcp"])
+    with table(80) as (tables, _), following(session, said, tables, TCP_AUTO) as follower:
+        os.dup2(ours, follower._guest["tcp"])
         (callback,) = session.watched.values()
         for _ in range(2):
             select.select(list(session.watched), [], [])
             callback()
         assert said == ["cannot see the guest's ports: Illegal seek"] and session.ports() == [80]
-        follower.close()
     os.close(ours)
     os.close(theirs)
 
 
-def test_a_port_the_host_has_by_ipv6_alone_is_not_taken() -> None:
-    session = Fake()
+def test_a_port_the_host_has_by_ipv6_alone_is_not_taken(session: Fake, said: list[str]) -> None:
     with socket.socket(socket.AF_INET6) as host:
         host.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         host.bind(("::", 0))
         host.listen()
         port = host.getsockname()[1]
-        with table(port, 8080) as (tables, _):
-            follower = Follower(session, [Auto(proto="tcp")], tables, NETWORK, lambda text: None)
+        with table(port, 8080) as (tables, _), following(session, said, tables, TCP_AUTO) as follower:
             assert session.ports() == [8080]
+            assert ("forward-skipped", port, True) in session.said() and "by IPv6" in said[0]
             host.close()
             follower.look()
             assert session.ports() == sorted([port, 8080])
-            follower.close()

@@ -13,6 +13,7 @@ import pytest
 from control import Peer, Server, serving
 
 from pipeline import api, control_api, session_dir
+from pipeline.auto_forwards import open_tables
 from pipeline.client import Client, ClientError, find
 from pipeline.messages import Notices
 
@@ -79,6 +80,49 @@ def test_a_change_of_forwards_happens_whole_or_not(server: Server, peer: Peer) -
     code, text = peer.error("forwards.add", specs=["3000", "x"])
     assert code == "bad-args" and text.startswith("specs: x")
     assert specs(peer) == before
+
+
+def test_rules_auto(server: Server, peer: Peer) -> None:
+    """With this process's own tables of sockets for the guest's."""
+    code, text = peer.error("forwards.add", specs=["8080", "auto"])
+    assert code == "unsupported" and "that of a virtual machine cannot" in text and specs(peer) == []
+    tables = open_tables()
+    server.session.follower.see(tables)
+    for fd in tables.values():
+        os.close(fd)
+
+    def rules(owner: str | None = None) -> list[tuple[str, str, str]]:
+        return [(a["proto"], a["spec"], a["owner"]) for a in peer.result("forwards.list", owner=owner)["autos"]]
+
+    def followed() -> set[int]:
+        return {f["host_port"] for f in peer.result("forwards.list", owner="c1")["forwards"] if f["auto"]}
+
+    with socket.socket() as listens:  # on every address, and the host's own is not looked at here
+        listens.bind(("0.0.0.0", 0))
+        listens.listen()
+        port = listens.getsockname()[1]
+        assert peer.result("forwards.add", specs=["8080:80", "auto,~1-9"], owner="c1") == {"added": 2, "removed": 0}
+        assert rules() == [("tcp", "auto,~1-9", "c1")] and rules("c2") == [] and port in followed()
+        assert peer.result("forwards.add", specs=["auto,~1-9"], owner="c1") == {"added": 0, "removed": 0}  # the same again
+        assert peer.error("forwards.add", specs=["auto"], owner="c2") == (
+            "conflict", "tcp auto: there is tcp auto,~1-9 already, of owner c1")
+        assert peer.error("forwards.add", specs=["auto", "auto,~5"])[1].startswith("specs: auto,~5: beside auto")
+        assert peer.error("forwards.add", specs=["auto,22"])[0] == "bad-args"
+        code, text = peer.error("forwards.remove", specs=[str(port)])
+        assert code == "conflict" and f"tcp auto,~1-9 follows what the guest listens on; remove that, or leave out the port: auto,~{port}" in text
+        assert peer.result("forwards.remove", specs=["~8080"])["removed"] == 0  # what is followed was not named
+        assert peer.error("forwards.remove", specs=["auto,~7"])[0] == "not-found"
+        assert peer.error("forwards.remove", specs=["auto"], proto="udp")[0] == "not-found"
+        assert peer.error("forwards.remove", specs=["auto"], owner="c2")[0] == "not-found"
+        assert peer.result("forwards.replace", owner="c1", tcp=[f"auto,~{port}", "8080:80"]) == {"added": 1, "removed": 1}
+        assert rules() == [("tcp", f"auto,~{port}", "c1")] and port not in followed()
+        assert peer.result("forwards.replace", owner="c1", tcp=["auto"], udp=["auto"]) == {"added": 2, "removed": 2}
+        assert rules() == [("tcp", "auto", "c1"), ("udp", "auto", "c1")] and port in followed()
+        assert peer.error("forwards.replace", owner="c2", tcp=["auto", "8080"])[0] == "conflict"
+        assert peer.result("forwards.remove", specs=["auto"], proto="tcp") == {"added": 0, "removed": 1}
+        assert rules() == [("udp", "auto", "c1")] and port not in followed()
+        assert peer.result("forwards.remove", owner="c1") == {"added": 0, "removed": 1}
+        assert rules() == [] and specs(peer) == []
 
 
 def test_a_thousand_forwards_in_pages(peer: Peer) -> None:
@@ -221,7 +265,7 @@ def test_events(server: Server, peer: Peer) -> None:
     assert got.pop("time") > 0
     assert got == {"event": "forward-added", "forward": {
         "proto": "tcp", "host_addr": "", "ifname": "", "host_port": 8080, "guest_addr": "", "guest_port": 80,
-        "owner": "c"}}
+        "owner": "c", "auto": False}}
     server.peer().result("hosts.add", names={"a": ["10.0.2.2"]}, owner="c")
     assert {**peer.line(), "time": 0} == {**other.line(), "time": 0} == {
         "event": "hosts-changed", "owner": "c", "added": 1, "removed": 0, "time": 0}

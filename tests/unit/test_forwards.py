@@ -66,7 +66,7 @@ def test_all_is_what_connections_of_the_host_do_not_use(spec: str, without: set[
     ("[::1/22", "[::1: not an address"), ("[ff02::1]/22", "not an address of a host"), ("/22", "nothing before the /"),
     ("[::ffff:192.0.2.1]/22", "say 192.0.2.1"), ("[fe80::1%eth0]/22", "[fe80::1: not an address"),
     ("%/22", "no interface after the %"), ("%abcdefghijklmnop/22", "abcdefghijklmnop: not an interface name"),
-    ("224.0.0.1/22", "not an address of a host"), ("auto", "auto: only -t and -u follow what the guest listens on"),
+    ("224.0.0.1/22", "not an address of a host"), ("auto", "auto: no list of ports"),
     ("22,all", "all: cannot be combined"), ("22,none", "none: cannot be combined"), ("~5:6", "~5:6: what is left out"),
     ("22 ", "22 : expected a port"), ("²", "expected a port"), ("-5", "expected a port"), ("5-", "expected a port"),
     ("99999999999999999999", "expected a port"), ("1/2/3", "1/2: not an address"),
