@@ -18,6 +18,7 @@
 #include "inbound.h"
 #include "policy.h"
 #include "rn_csum.h"
+#include "rn_errqueue.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -383,49 +384,14 @@ static void tell_error(struct egress *e, uint32_t i, const uint8_t dst[4], const
 static uint32_t read_errors(struct egress *e, uint32_t i, uint32_t max)
 {
 	uint8_t data[ICMP_QUOTE_MAX];
-	union {
-		char raw[CMSG_SPACE(sizeof(struct sock_extended_err) + sizeof(struct sockaddr_in6)) + 64];
-		struct cmsghdr align;
-	} control;
-	struct sockaddr_in dst;
+	struct rn_sock_error err;
 	uint32_t n;
+	int got;
 
-	for (n = 0; n < max; n++) {
-		struct iovec iov = { data, sizeof(data) };
-		struct msghdr m = { .msg_name = &dst,
-				    .msg_namelen = sizeof(dst),
-				    .msg_iov = &iov,
-				    .msg_iovlen = 1,
-				    .msg_control = &control,
-				    .msg_controllen = sizeof(control) };
-		ssize_t len = recvmsg(e->priv[i].fd, &m, MSG_ERRQUEUE | MSG_DONTWAIT);
-
-		if (len < 0)
-			break;
-		if (m.msg_namelen < sizeof(dst) || dst.sin_family != AF_INET)
-			continue;
-		for (struct cmsghdr *c = CMSG_FIRSTHDR(&m); c; c = CMSG_NXTHDR(&m, c)) {
-			struct sock_extended_err ee;
-			struct sockaddr_in offender = { 0 };
-			uint8_t to[4], from[4];
-
-			if (c->cmsg_level != IPPROTO_IP || c->cmsg_type != IP_RECVERR ||
-			    c->cmsg_len < CMSG_LEN(sizeof(ee)))
-				continue;
-			memcpy(&ee, CMSG_DATA(c), sizeof(ee));
-			if (ee.ee_origin != SO_EE_ORIGIN_ICMP)
-				continue;
-			if (c->cmsg_len >= CMSG_LEN(sizeof(ee) + sizeof(offender)))
-				memcpy(&offender, CMSG_DATA(c) + sizeof(ee), sizeof(offender));
-			memcpy(to, &dst.sin_addr, 4);
-			memcpy(from, &offender.sin_addr, 4);
-			tell_error(e, i, to, data, (uint32_t)len, offender.sin_family == AF_INET ? from : NULL,
-				   ee.ee_type, ee.ee_code,
-				   ee.ee_type == RN_ICMP_UNREACH && ee.ee_code == RN_ICMP_UNREACH_NEEDFRAG
-					   ? ee.ee_info & 0xffff
-					   : 0);
-		}
-	}
+	for (n = 0; n < max && (got = rn_errqueue_next(e->priv[i].fd, &err, data, sizeof(data))); n++)
+		if (got > 0 && err.origin == SO_EE_ORIGIN_ICMP)
+			tell_error(e, i, err.dst, data, err.len, err.offender_known ? err.offender : NULL, err.type, err.code,
+				   err.type == RN_ICMP_UNREACH && err.code == RN_ICMP_UNREACH_NEEDFRAG ? err.info & 0xffff : 0);
 	return n;
 }
 

@@ -23,6 +23,7 @@
 #include "policy.h"
 #include "proxy.h"
 #include "rn_csum.h"
+#include "rn_errqueue.h"
 #include "rn_tcpseg.h"
 #include "udp_internal.h"
 
@@ -190,41 +191,37 @@ void udp_timer(struct egress *e, uint32_t i)
 /* --- errors --- */
 
 /* Tell the guest what the error queue says about one of its datagrams; @data is what the ICMP quoted of it. */
-static void tell_error(struct egress *e, uint32_t i, const struct sockaddr_in *dst, const uint8_t *data, uint32_t len,
-		       const struct sock_extended_err *ee, const struct sockaddr_in *offender)
+static void tell_error(struct egress *e, uint32_t i, const struct rn_sock_error *err, const uint8_t *data)
 {
 	const struct rn_flow *fl = eg_flow(e, i);
 	uint8_t ip[RN_IP4_HLEN + RN_UDP_HLEN + UDP_QUOTE_MAX] = { 0x45 };
-	uint8_t host[4], src[4];
+	uint8_t src[4];
 	uint8_t *udp = ip + RN_IP4_HLEN;
-	uint32_t rest = 0;
+	uint32_t len = err->len, rest = 0;
 
-	if (ee->ee_origin != SO_EE_ORIGIN_ICMP) /* local ones were sendmsg()'s own return */
+	if (err->origin != SO_EE_ORIGIN_ICMP) /* local ones were sendmsg()'s own return */
 		return;
-	if (ee->ee_type != RN_ICMP_UNREACH && ee->ee_type != RN_ICMP_TIMEXCEED)
+	if (err->type != RN_ICMP_UNREACH && err->type != RN_ICMP_TIMEXCEED)
 		return;
-	if (ee->ee_type == RN_ICMP_UNREACH && ee->ee_code == RN_ICMP_UNREACH_NEEDFRAG)
-		rest = ee->ee_info & 0xffff; /* next-hop MTU (RFC 1191 4) */
+	if (err->type == RN_ICMP_UNREACH && err->code == RN_ICMP_UNREACH_NEEDFRAG)
+		rest = err->info & 0xffff; /* next-hop MTU (RFC 1191 4) */
 	if (len > UDP_QUOTE_MAX)
 		len = UDP_QUOTE_MAX;
 	rn_put16(ip + RN_IP4_LEN, (uint16_t)(RN_IP4_HLEN + RN_UDP_HLEN + len));
 	ip[RN_IP4_TTL] = 1;
 	ip[RN_IP4_PROTO] = RN_IPPROTO_UDP;
 	memcpy(ip + RN_IP4_SRC, fl->guest_addr + 12, 4);
-	memcpy(host, &dst->sin_addr, 4);
-	eg_guest_addr(e, host, ip + RN_IP4_DST);
+	eg_guest_addr(e, err->dst, ip + RN_IP4_DST);
 	rn_csum_ip4(ip, RN_IP4_HLEN);
 	rn_put16(udp + RN_UDP_SPORT, fl->guest_port);
-	memcpy(udp + RN_UDP_DPORT, &dst->sin_port, 2);
+	memcpy(udp + RN_UDP_DPORT, &err->dst_port, 2);
 	rn_put16(udp + RN_UDP_LEN, (uint16_t)(RN_UDP_HLEN + len));
 	memcpy(udp + RN_UDP_HLEN, data, len);
 
 	memcpy(src, e->cfg.gateway4, 4);
-	if (offender) {
-		memcpy(host, &offender->sin_addr, 4);
-		eg_guest_addr(e, host, src);
-	}
-	eg_icmp_error(e, fl->guest_mac, src, ip, RN_IP4_HLEN + RN_UDP_HLEN + len, ee->ee_type, ee->ee_code, rest);
+	if (err->offender_known)
+		eg_guest_addr(e, err->offender, src);
+	eg_icmp_error(e, fl->guest_mac, src, ip, RN_IP4_HLEN + RN_UDP_HLEN + len, err->type, err->code, rest);
 }
 
 /* Up to @max entries of the error queue; returns how many there were. @mtu: set to what the kernel says is the path's, if a
@@ -232,42 +229,16 @@ static void tell_error(struct egress *e, uint32_t i, const struct sockaddr_in *d
 static uint32_t read_errors(struct egress *e, uint32_t i, uint32_t max, uint32_t *mtu)
 {
 	uint8_t data[UDP_QUOTE_MAX];
-	union {
-		char raw[CMSG_SPACE(sizeof(struct sock_extended_err) + sizeof(struct sockaddr_in6)) + 64];
-		struct cmsghdr align;
-	} control;
-	struct sockaddr_in dst;
+	struct rn_sock_error err;
 	uint32_t n;
+	int got;
 
-	for (n = 0; n < max; n++) {
-		struct iovec iov = { data, sizeof(data) };
-		struct msghdr m = { .msg_name = &dst,
-				    .msg_namelen = sizeof(dst),
-				    .msg_iov = &iov,
-				    .msg_iovlen = 1,
-				    .msg_control = &control,
-				    .msg_controllen = sizeof(control) };
-		ssize_t len = recvmsg(e->priv[i].fd, &m, MSG_ERRQUEUE | MSG_DONTWAIT);
-
-		if (len < 0)
-			break;
-		if (m.msg_namelen < sizeof(dst) || dst.sin_family != AF_INET)
+	for (n = 0; n < max && (got = rn_errqueue_next(e->priv[i].fd, &err, data, sizeof(data))); n++) {
+		if (got < 0)
 			continue;
-		for (struct cmsghdr *c = CMSG_FIRSTHDR(&m); c; c = CMSG_NXTHDR(&m, c)) {
-			struct sock_extended_err ee;
-			struct sockaddr_in offender = { 0 };
-
-			if (c->cmsg_level != IPPROTO_IP || c->cmsg_type != IP_RECVERR ||
-			    c->cmsg_len < CMSG_LEN(sizeof(ee)))
-				continue;
-			memcpy(&ee, CMSG_DATA(c), sizeof(ee));
-			if (ee.ee_origin == SO_EE_ORIGIN_LOCAL && ee.ee_errno == EMSGSIZE)
-				*mtu = ee.ee_info;
-			if (c->cmsg_len >= CMSG_LEN(sizeof(ee) + sizeof(offender)))
-				memcpy(&offender, CMSG_DATA(c) + sizeof(ee), sizeof(offender));
-			tell_error(e, i, &dst, data, (uint32_t)len, &ee,
-				   offender.sin_family == AF_INET ? &offender : NULL);
-		}
+		if (err.origin == SO_EE_ORIGIN_LOCAL && err.error == EMSGSIZE)
+			*mtu = err.info;
+		tell_error(e, i, &err, data);
 	}
 	return n;
 }
