@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -38,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: makes network namespaces and a tap; needs root and /dev/net/tun")
     config.addinivalue_line("markers", "root: needs root")
     config.addinivalue_line("markers", "qemu: boots a virtual machine under QEMU; x86-64")
+    # Speed is no property: an example that takes long, or is long in the making, is one of a busy machine.
+    hypothesis.settings.register_profile("ringnet", hypothesis.settings(), deadline=None,
+                                         suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("ringnet")
     if not hasattr(config, "workerinput"):
         os.environ[_RUN] = uuid.uuid4().hex
         os.environ.pop(_CHILD, None)
@@ -95,7 +100,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     leaks = session.config.stash[_LEAKS]
     left = _processes_of_this_run()
-    still = netlab.wait_gone(list(left), timeout=5)  # one that is just ending is no leak
+    still = netlab.wait_gone(list(left), timeout=30)  # one that is just ending is no leak
     leaks += [f"process {pid}: {left[pid]}" for pid in still]
     if os.geteuid() == 0:
         leaks += [f"network namespace {name} (removed)" for name in netlab.reap()]

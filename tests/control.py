@@ -34,7 +34,7 @@ from shm.arena import Use
 from shm.cell import Session as CellTable
 from shm.flows import Flows
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class FakeMemory:

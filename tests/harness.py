@@ -47,12 +47,13 @@ from shm.names import Names
 GATEWAY, GUEST, GUEST2 = "10.0.2.1", "10.0.2.2", "10.0.2.3"
 GATEWAY_MAC, GUEST_MAC = "02:ab:cd:00:00:01", "52:54:ab:00:00:02"
 ICMP, TCP, UDP = 1, 6, 17
-DEADLINE = 20.0  # s: what takes milliseconds is called broken after this
+DEADLINE = 60.0  # s: what takes milliseconds is called broken after this
 _RN_BUF_ETH_OFF = 82  # csrc/rn_arena.h: from a buffer's start to the Ethernet header ...
 _RN_META_OFF = 16  # ... and to struct rn_meta
 _META = struct.Struct("=BBBBHHII")
 _ports = itertools.count(os.getpid() % 20000)
 _idents = itertools.count(os.getpid() % 30000)
+_held: list[socket.socket] = []  # on ports that shall be nobody's
 
 
 def fresh_port() -> int:
@@ -587,6 +588,30 @@ def udp_server(address: str = "127.0.0.1") -> Iterator[socket.socket]:
 
 
 def closed_udp_port(address: str = "127.0.0.1") -> int:
-    """A port where nobody listens (bound a moment ago, and given back)."""
-    with udp_server(address) as s:
-        return s.getsockname()[1]
+    """A port where nobody listens, and that nobody else gets while this process lives: a socket has it that is connected to
+    itself, so that what others send there finds none."""
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    _held.append(s)
+    s.bind((address, 0))
+    s.connect(s.getsockname())
+    return s.getsockname()[1]
+
+
+def closed_tcp_port(address: str = "127.0.0.1") -> int:
+    """The same for TCP: bound, and nobody listens."""
+    s = socket.socket()
+    _held.append(s)
+    s.bind((address, 0))
+    return s.getsockname()[1]
+
+
+def fill(server: socket.socket) -> list[socket.socket]:
+    """Clients of a listener with backlog 0 that fill its queue: a connect() after this stays under way."""
+    clients = []
+    for _ in range(3):  # one in the queue, and more who want to be
+        s = socket.socket()
+        s.setblocking(False)
+        s.connect_ex(server.getsockname())
+        clients.append(s)
+    assert select.select([server], [], [], DEADLINE)[0], "nobody came into the queue"
+    return clients

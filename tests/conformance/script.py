@@ -61,6 +61,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness import (
+    DEADLINE,
     GATEWAY,
     GATEWAY_MAC,
     GUEST,
@@ -70,6 +71,7 @@ from tests.harness import (
     EgressOnly,
     Guest,
     checksum,
+    closed_tcp_port,
     fresh_port,
     ipv4,
     mac_bytes,
@@ -79,7 +81,6 @@ from tests.harness import (
 FLAGS = {"FIN": 1, "SYN": 2, "RST": 4, "PSH": 8, "ACK": 16, "URG": 32, "ECE": 64, "CWR": 128}
 _ALWAYS = FLAGS["FIN"] | FLAGS["SYN"] | FLAGS["RST"] | FLAGS["ACK"]
 M32 = 0xFFFFFFFF
-DEADLINE = 6.0  # s: a rule that waits longer has failed
 TICK = 0.012  # s: timers may be late by this (csrc/egress.h: the wheel turns in 4 ms) ...
 EARLY = 0.002  # ... and none may be early by more than rounding
 _UP, _DOWN = random.Random(1).randbytes(1 << 20), random.Random(2).randbytes(1 << 20)
@@ -577,8 +578,7 @@ class Script:
     @verb("host refuses")
     def host_refuses(self, a: Args) -> None:
         a.done()
-        with socket.create_server(("127.0.0.1", 0)) as s:
-            self.port = s.getsockname()[1]
+        self.port = closed_tcp_port()
 
     @verb("host accepts")
     def host_accepts(self, a: Args) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from netlab import GATEWAY, GUEST, RINGNET, Attached, Netns, Program, pseudorandom, run_env, sh, sha256_file
+from netlab import DEADLINE, GATEWAY, GUEST, RINGNET, Attached, Netns, Program, pseudorandom, run_env, sh, sha256_file
 
 from pipeline import api
 from pipeline.client import Client
@@ -65,10 +65,10 @@ def test_everything_everywhere(capture: Callable[..., Program], guest_ns: Netns,
     running = capture("all", "-w", str(file))
     guest_ns.run("ping", "-n", "-c2", "-i0.01", "-w30", GATEWAY)
     guest_ns.run("dig", f"@{GATEWAY}", "+tries=1", "+time=30", "host.ringnet.internal")
-    guest_ns.run("curl", "-sS", "--fail", "-o", "/dev/null", f"http://{address}:{port}/body")
     with guest_ns.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:  # type: ignore[attr-defined]
         s.bind(("tap0", 0))
         s.send(b"\xff" * 6 + b"\x02" * 6 + b"\x88\xb5" + bytes(46))  # IEEE 802 local experimental: nobody serves it
+    guest_ns.run("curl", "-sS", "--fail", "-o", "/dev/null", f"http://{address}:{port}/body")  # behind it, in order
     assert running.end(signal.SIGINT) == 0
     said = running.said.read()
     frames = len(tshark(file))
@@ -99,7 +99,7 @@ def test_only_what_is_asked_for(capture: Callable[..., Program], guest_ns: Netns
             with guest_ns.socket() as s:
                 s.connect((GATEWAY, listener.getsockname()[1]))
                 s.sendall(bytes(5000))
-                listener.settimeout(30)
+                listener.settimeout(DEADLINE)
                 with listener.accept()[0] as connection:
                     left = 5000
                     while left:
@@ -129,8 +129,8 @@ def test_one_flow_into_a_pipe_live(session: Attached, guest_ns: Netns, host_ns: 
                 for s in (mine, other):
                     s.sendall(b"%d" % n)
             done = subprocess.run(["tshark", "-n", "-r", "-", "-T", "fields", "-e", "tcp.port"], stdin=program.stdout,
-                                  capture_output=True, text=True, timeout=60, env=run_env(HOME=str(tmp_path)))
-            assert program.wait(60) == 0
+                                  capture_output=True, text=True, timeout=DEADLINE, env=run_env(HOME=str(tmp_path)))
+            assert program.wait(DEADLINE) == 0
         for connection in pairs:
             connection.close()
         ports = done.stdout.splitlines()

@@ -35,7 +35,7 @@ def unix_sockets(ns: Netns) -> list[str]:
 
 
 def nothing_left(host: Netns, pids: list[int], shm_before: set[str]) -> None:
-    assert wait_gone(pids, timeout=20) == []
+    assert wait_gone(pids) == []
     assert unix_sockets(host) == []
     assert host.pids() == []
     assert shm_left() <= shm_before
@@ -106,7 +106,7 @@ def test_run_ends_with_its_command(run_in_guest, host_ns: Netns) -> None:
     [command] = [p for p in users_of_netns(link) if not children(p)]
     os.kill(command, signal.SIGTERM)
     assert program.wait() == 128 + signal.SIGTERM
-    assert wait_gone(pids, 20) == []
+    assert wait_gone(pids) == []
     assert users_of_netns(link) == []
     assert host_ns.pids() == []
 
@@ -115,7 +115,7 @@ def test_run_killed_takes_its_command_along(run_in_guest, host_ns: Netns) -> Non
     program, link = run_in_guest
     pids = [program.pid, *children(program.pid)]
     assert program.end(signal.SIGKILL) == -signal.SIGKILL
-    assert wait_gone(pids, 20) == []
+    assert wait_gone(pids) == []
     assert users_of_netns(link) == []
     assert host_ns.pids() == []
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def test_a_refused_connection_in_words(session: Attached, guest_ns: Netns, host_
             with pytest.raises(ConnectionRefusedError):
                 s.connect((SERVER, port))
             ours = s.getsockname()[1]
-    said = [line.split(None, 2)[1:] for line in ringnet("explain", f"{SERVER}:{port}").splitlines()]
+    end = time.monotonic() + DEADLINE
+    while len(said := [line.split(None, 2)[1:] for line in ringnet("explain", f"{SERVER}:{port}").splitlines()]) < 4:
+        assert time.monotonic() < end, said  # the RST is on its way before the end is written down
     about = f"tcp 10.0.2.2:{ours} > {SERVER}:{port}"
     flow = said[0][1].split("(flow ")[1].split(")")[0]
     assert said[:3] == [["egress", f"{about} (flow {flow}): opened"],

@@ -105,7 +105,7 @@ def test_one_process_a_stage_each_with_its_name(ends: GuestEnd, nothing_left: No
         for name, pid in pids.items():
             assert argv_of(pid)[-5:-1] == ["pipeline", "stage", name, "--control-fd"]
             assert Path(f"/proc/{pid}/comm").read_text() == f"rn-{name}"[:15] + "\n"
-        shown = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
+        shown = subprocess.run(["ps", "-ww", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
         assert re.findall(r"pipeline stage (\w+) ", shown) and set(NAMES) <= set(re.findall(r"stage (\w+) ", shown))
         ends.arp()
     assert wait_gone(list(pids.values())) == []

@@ -265,7 +265,7 @@ def test_kill_9_of_everything_leaves_nothing_after_the_next_start(second: Callab
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     killed.wait()
-    assert wait_gone(pids, 20) == []
+    assert wait_gone(pids) == []
     there = left(host_ns)
     assert "rn-lab" in there and "rnt0" not in there  # the kernel took the tap with its last descriptor
     session = second("host,name=other")

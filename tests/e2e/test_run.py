@@ -78,7 +78,7 @@ def test_ps_shows_one_process_a_stage_by_name(host_ns: Netns, tmp_path: Path) ->
         os.close(w)
         session.wait_word(r, "the command did not start")
         os.close(r)
-        out = sh("ps", "-o", "comm=,args=", "--ppid", str(session.pid)).stdout
+        out = sh("ps", "-ww", "-o", "comm=,args=", "--ppid", str(session.pid)).stdout
     lines = [line.split() for line in out.splitlines() if " stage " in line]
     names = sorted(s.name for s in TOPOLOGY.only(frozenset({Feature.NIC1})).stages)
     assert sorted(words[words.index("stage") + 1] for words in lines) == names

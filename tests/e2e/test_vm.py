@@ -141,14 +141,15 @@ def test_stream_who_comes_second_waits(tmp_path: Path, path: Path) -> None:
 
 
 def test_stream_on_a_port_of_loopback(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with session(tmp_path, "--type", "qemu-stream", "--socket", f"127.0.0.1:{port}", "--one-off") as s:
-        guest = StreamGuest(("127.0.0.1", port))
-        assert resolves_the_gateway(guest)
-        guest.close()
-        assert s.wait() == 0
+    with socket.socket() as held:  # both with SO_REUSEADDR, so that it is nobody else's meanwhile
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        with session(tmp_path, "--type", "qemu-stream", "--socket", f"127.0.0.1:{port}", "--one-off") as s:
+            guest = StreamGuest(("127.0.0.1", port))
+            assert resolves_the_gateway(guest)
+            guest.close()
+            assert s.wait() == 0
 
 
 @contextlib.contextmanager

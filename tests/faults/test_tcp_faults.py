@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from tests.conformance.script import FLAGS, Script
-from tests.harness import GUEST, GUEST2, EgressOnly
+from tests.harness import GUEST, GUEST2, EgressOnly, fill
 
 ACK = FLAGS["ACK"]
 
@@ -97,13 +97,8 @@ def test_a_connect_slower_than_a_minute_succeeds() -> None:
     with EgressOnly() as guest, Script.on(guest) as c, contextlib.ExitStack() as stack:
         guest.stop_clock()
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        server.settimeout(20)
-        waiting = []
-        for _ in range(3):
-            s = stack.enter_context(socket.socket())
-            s.setblocking(False)
-            s.connect_ex(server.getsockname())
-            waiting.append(s)
+        server.settimeout(60)
+        waiting = [stack.enter_context(s) for s in fill(server)]
         c.port, c.server = server.getsockname()[1], server
         c.do("guest sends SYN seq=0 mss=1460 wscale=7", "guest gets nothing for=60",
              "guest sends SYN seq=0 mss=1460 wscale=7", "guest gets nothing")

@@ -50,7 +50,7 @@ def is_slirp(line: bytes) -> bool:
     return isinstance(data, dict) and "execute" in data and "call" not in data
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=150)
 @given(lines=st.lists(LINES.map(lambda b: b.replace(b"\n", b"")), max_size=8), cuts=st.lists(st.integers(1, 400)))
 def test_every_line_gets_one_reply_however_it_arrives(server: Server, lines: list[bytes], cuts: list[int]) -> None:
     lines = [line for line in lines if not is_slirp(line)]

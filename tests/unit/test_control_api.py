@@ -570,7 +570,7 @@ def test_the_client(server: Server) -> None:
                 found.append([len(page.forwards) for page in client.pages(api.ForwardsList())])
                 client.call(api.Subscribe(events=["forward-removed"]))
                 client.call(api.ForwardsRemove(specs=["7"]))
-                found.append(next(client.events(timeout=20)).forward.host_port)
+                found.append(next(client.events(timeout=60)).forward.host_port)
                 try:
                     client.call(api.FlowsClose(flow="1.1"))
                 except api.ApiError as e:

@@ -51,7 +51,7 @@ class Server:
                 self.close()
         self.tcp.listen()
         for sock in (self.udp, self.tcp):
-            sock.settimeout(10)
+            sock.settimeout(60)
         self.upstream = Upstream(ip_address(address), self.udp.getsockname()[1])
         self.peer: tuple[str, int] = ("", 0)
 
@@ -71,7 +71,7 @@ class Server:
         except BlockingIOError:
             return False
         finally:
-            self.udp.settimeout(10)
+            self.udp.settimeout(60)
 
     def send(self, reply: dns.message.Message | bytes) -> None:
         self.udp.sendto(reply if isinstance(reply, bytes) else reply.to_wire(max_size=65535), self.peer)
@@ -851,7 +851,7 @@ class ServerStream:
 
     def send(self, reply: dns.message.Message) -> None:
         wire = reply.to_wire(max_size=65535)
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
         self.sock.sendall(struct.pack("!H", len(wire)) + wire)
 
     def close(self) -> None:
@@ -892,7 +892,7 @@ def test_pipelined_queries_are_answered_as_the_answers_come(lab, stream):
     got = {s.receive().question[0].name.to_text(): s for s in (first, second)}
     for name, ident in (("quick.example.", 3), ("slow.example.", 1)):
         s = got[name]
-        s.sock.settimeout(10)
+        s.sock.settimeout(60)
         s.send(made_for(lab, name, ident, s))
         assert stream.receive().id == ident
         s.close()

@@ -342,7 +342,8 @@ def test_in_place_by_seed_and_with_counters(place: str) -> None:
             assert len(got) == 600 - n["impair_dropped"] + n["impair_duplicated"]
             assert n["impair_dropped"] > 30 and n["impair_reordered"] > 30 and n["impair_corrupted"] > 30
             assert p.buffers_out() == (0, 0)
-            runs.append((got, n))
+            # How far a frame is overtaken is time's too (RN_IMPAIR_LATE_NS); test_reorder_by_gap has a clock of its own.
+            runs.append((sorted(got), n))
     assert runs[0] == runs[1]
 
 
@@ -441,7 +442,7 @@ def test_relay_carries_frames_between_two_links() -> None:
         for f in numbered(300):
             guest.send(VNET + f)
         for s in (guest, host):
-            s.settimeout(20)
+            s.settimeout(60)
         want = sum(1 if not m & DUP else 2 for m in Wire("drop=20%,dup=20%,seed=9", "up").trace(300) if not m & DROP)
         got = [host.recv(100)[12:] for _ in range(want)]
         assert set(got) < set(numbered(300)) and got == sorted(got)
@@ -449,7 +450,7 @@ def test_relay_carries_frames_between_two_links() -> None:
         assert guest.recv(100) == VNET + b"back" * 20
     finally:
         os.close(stop_w)
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
         for s in (a, b, guest, host):
             s.close()

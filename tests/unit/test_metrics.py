@@ -90,7 +90,7 @@ def ask(server: MetricsServer, session: FakeSession, request: bytes) -> bytes:
     got = bytearray()
 
     def client() -> None:
-        with socket.create_connection(server.sock.getsockname()[:2], timeout=20) as s:
+        with socket.create_connection(server.sock.getsockname()[:2], timeout=60) as s:
             with contextlib.suppress(ConnectionResetError):  # one that is sent away has unread bytes
                 s.sendall(request)
                 while data := s.recv(65536):

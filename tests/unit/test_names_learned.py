@@ -30,7 +30,7 @@ class Lab:
         self.dns = DnsForwarder(self.loop, hosts, learn=lambda *what: self.events.append(("name", *what)))
         self.server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.server.bind(("127.0.0.1", 0))
-        self.server.settimeout(20)
+        self.server.settimeout(60)
         self.dns.set_upstreams([Upstream.parse(f"127.0.0.1#{self.server.getsockname()[1]}")])
 
     def close(self) -> None:

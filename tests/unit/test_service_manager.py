@@ -16,7 +16,7 @@ from pipeline.supervisor import State
 from shm._dataplane import lib
 from tests.control import FakeSession
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 HEADER = 64
 HEARTBEAT, ASLEEP = 16, 24  # in struct rn_cell (csrc/rn_session.h)
 

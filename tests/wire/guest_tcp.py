@@ -19,6 +19,7 @@ GUEST = "10.0.2.2"
 GATEWAY_MAC = bytes.fromhex("02abcd000001")
 GUEST_MAC = bytes.fromhex("5254ab000002")
 M32 = 0xFFFFFFFF
+DEADLINE = 60.0  # s: what takes milliseconds is called broken after this
 
 _ports = itertools.count(20000 + os.getpid() % 20000)
 _idents = itertools.count(1)
@@ -113,7 +114,7 @@ class GuestTcp:
         c = checksum(pseudo(GUEST, self.dst, 6, len(seg)) + seg) ^ (0x5555 if corrupt else 0)
         self.link.send(ethernet(ipv4(6, seg[:16] + struct.pack("!H", c) + seg[18:], GUEST, self.dst)))
 
-    def recv(self, timeout: float = 5.0) -> Segment | None:
+    def recv(self, timeout: float = DEADLINE) -> Segment | None:
         """Next segment of this connection, or None after @timeout seconds."""
         end = time.monotonic() + timeout
         while (frame := receive(self.link, end - time.monotonic())) is not None:
@@ -148,7 +149,7 @@ class GuestTcp:
             at += raw[at + 1]
         return Segment(seq, ack, flags, wnd, raw[hlen:], mss, wscale, sack_ok, sack)
 
-    def expect(self, flags: int, mask: int = FIN | SYN | RST | ACK, timeout: float = 5.0) -> Segment:
+    def expect(self, flags: int, mask: int = FIN | SYN | RST | ACK, timeout: float = DEADLINE) -> Segment:
         """Next segment must have these of the flags in @mask."""
         seg = self.recv(timeout)
         assert seg is not None, f"no segment, wanted flags {flags:#x}"
@@ -166,7 +167,7 @@ class GuestTcp:
         echo = struct.pack("!BBHHH", 8, 0, 0, ident, 1)
         echo = echo[:2] + struct.pack("!H", checksum(echo)) + echo[4:]
         self.link.send(ethernet(ipv4(1, echo, GUEST, GATEWAY)))
-        while (frame := receive(self.link, 5.0)) is not None:
+        while (frame := receive(self.link, DEADLINE)) is not None:
             ip = parse_ipv4(frame)
             if ip and ip[0] == 1 and ip[3][0] == 0 and struct.unpack("!H", ip[3][4:6])[0] == ident:
                 return out
@@ -195,7 +196,7 @@ class GuestTcp:
         self.send(ACK | PSH | flags, data)
         self.snd_nxt = (self.snd_nxt + len(data) + bool(flags & FIN)) & M32
 
-    def wait_ack(self, ack: int | None = None, timeout: float = 5.0) -> Segment:
+    def wait_ack(self, ack: int | None = None, timeout: float = DEADLINE) -> Segment:
         """First segment that acknowledges @ack (default: all sent)."""
         want, end = (self.snd_nxt if ack is None else ack) & M32, time.monotonic() + timeout
         while (seg := self.recv(end - time.monotonic())) is not None:
@@ -203,7 +204,7 @@ class GuestTcp:
                 return seg
         raise AssertionError(f"no ACK of {want}")
 
-    def pull(self, n: int, timeout: float = 10.0) -> bytes:
+    def pull(self, n: int, timeout: float = DEADLINE) -> bytes:
         """Receive @n bytes in order, acknowledging each segment; out-of-order and old ones are acknowledged as
         RFC 9293 says. A FIN behind them is left for the caller (see self.fin)."""
         out, end = b"", time.monotonic() + timeout

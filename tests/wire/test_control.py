@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import api
 from pipeline.messages import Answer, Ask, CloseFlow, Notices
-from tests.harness import DEADLINE, GATEWAY, GUEST, Wire, fresh_port, udp_server
+from tests.harness import DEADLINE, GATEWAY, GUEST, Wire, closed_tcp_port, fill, fresh_port, udp_server
 from tests.wire.guest_tcp import ACK, RST, SYN, GuestTcp
 
 
@@ -50,10 +50,7 @@ def test_a_connect_under_way_is_given_up(make_wire: Callable[..., Wire]) -> None
     """And its place among those under way is free again: pending_max 1 takes the next."""
     wire = make_wire(pending_max=1)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_server(("127.0.0.1", 0)) as free:
-        clients = [socket.socket() for _ in range(3)]
-        for c in clients:
-            c.setblocking(False)
-            c.connect_ex(full.getsockname())
+        clients = fill(full)
         g = GuestTcp(wire.sock, full.getsockname()[1])
         g.send(SYN, opts=g.syn_options())
         assert g.fence() == []
@@ -101,8 +98,7 @@ def test_a_refused_connect_is_told_once_asked_for(make_wire: Callable[..., Wire]
     wire = make_wire()
     told: list[api.Event] = []
     wire.session.listeners.append(told.append)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        closed = server.getsockname()[1]
+    closed = closed_tcp_port()
 
     def refused() -> None:
         g = GuestTcp(wire.sock, closed)

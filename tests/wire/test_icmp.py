@@ -35,7 +35,7 @@ from tests.netlab import Netns
 
 ROUTER, FAR = "192.0.2.2", "198.51.100.2"
 NO_ROUTE = "203.0.113.9"  # the router has no route to it
-SHARED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 # -- the gateway itself

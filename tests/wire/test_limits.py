@@ -23,6 +23,7 @@ from tests.harness import (
     Guest,
     Wire,
     checksum,
+    fill,
     fresh_port,
     ipv4,
     mac_bytes,
@@ -55,10 +56,8 @@ def never_accepting() -> Iterator[int]:
     """The port of a listener whose queue is full: a connect() to it stays under way."""
     with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(3):
-            s = stack.enter_context(socket.socket())
-            s.setblocking(False)
-            s.connect_ex(server.getsockname())
+        for s in fill(server):
+            stack.enter_context(s)
         yield server.getsockname()[1]
 
 
@@ -306,7 +305,7 @@ def test_udp_sweep_of_60000_ports_from_one_socket(make_netns: Callable[[str], Ne
         assert told > 0, "nobody was told that a port is closed"
         server.setblocking(False)
         assert server.recv(10) == b"", "the sweep came by this server, too"
-        server.settimeout(20)
+        server.settimeout(60)
         w.send_udp(port, server.getsockname()[1], b"still there")
         assert server.recvfrom(20)[0] == b"still there"
         alive(c)
@@ -333,7 +332,7 @@ def test_udp_from_60000_source_ports(make_wire) -> None:
                     while True:
                         server.recv(10)
                         got += 1
-                server.settimeout(20)
+                server.settimeout(60)
         w.fence()
         counters = w.counters()
         assert counters["udp_mappings"] == 60000 and counters["udp_evicted"] == 59500

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pipeline.config import Plan
 from pipeline.proxies import Bypass, parse_url
 from shm._dataplane import ffi, lib
-from tests.harness import DEADLINE, GATEWAY, TCP, UDP, EgressOnly, fresh_port, quoted, udp_server
+from tests.harness import DEADLINE, GATEWAY, TCP, UDP, EgressOnly, closed_tcp_port, fresh_port, quoted, udp_server
 from tests.proxy_servers import HttpProxy, Proxy, RawProxy, SocksProxy
 from tests.wire.guest_tcp import ACK, FIN, RST, SYN, GuestTcp, Segment
 
@@ -219,9 +219,7 @@ def test_wrong_credentials(kind: type[Proxy], wrong: str) -> None:
 
 
 def test_a_proxy_that_is_not_there() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
-    with EgressOnly(proxy=plan(f"socks5://127.0.0.1:{port}")) as guest:
+    with EgressOnly(proxy=plan(f"socks5://127.0.0.1:{closed_tcp_port()}")) as guest:
         g = StageTcp(guest, 80)
         g.syn()
         assert g.answer() == HOST

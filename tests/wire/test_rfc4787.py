@@ -92,7 +92,7 @@ def test_req_10_no_payload_is_rewritten(dport: int) -> None:
     def play() -> None:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         with EgressOnly() as guest, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-            server.settimeout(10)
+            server.settimeout(60)
             server.bind(("127.0.0.1", dport))
             guest.send_udp(4000, dport, body)
             data, address = server.recvfrom(2000)
