@@ -100,7 +100,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     leaks = session.config.stash[_LEAKS]
     left = _processes_of_this_run()
-    still = netlab.wait_gone(list(left), timeout=30)  # one that is just ending is no leak
+    still = netlab.wait_gone(list(left), timeout=10)  # one that is just ending is no leak
     leaks += [f"process {pid}: {left[pid]}" for pid in still]
     if os.geteuid() == 0:
         leaks += [f"network namespace {name} (removed)" for name in netlab.reap()]

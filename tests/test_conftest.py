@@ -40,12 +40,12 @@ def test_a_skip_fails_in_ci_only(tmp_path: Path, body: str) -> None:
 
 
 def test_a_process_left_behind_fails_the_run(tmp_path: Path) -> None:
-    body = ("import subprocess\ndef test_a():\n    p = subprocess.Popen(['sleep', '30'], start_new_session=True)\n"
+    body = ("import subprocess\ndef test_a():\n    p = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
             "    open('pid', 'w').write(str(p.pid))\n")
     done = nested(tmp_path, body)
     try:
         assert done.returncode == 1, done.stdout
-        assert re.search(r"left behind.*process \d+: sleep 30", done.stdout, re.S)
+        assert re.search(r"left behind.*process \d+: sleep 1000", done.stdout, re.S)
         assert "1 passed" in done.stdout
     finally:
         os.kill(int((tmp_path / "pid").read_text()), 9)
