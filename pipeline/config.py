@@ -201,6 +201,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
                                           " (docs/debugging.md); may be repeated", "", "STAGE", max_length=8)] = ()
     restarts: Annotated[int, _opt("how often within a minute a stage that died is started again; 0: its end is the"
                                   " session's", "", "N", ge=0, le=1000)] = 5
+    watchdog: Annotated[int, _opt("a stage that gives no sign of life for so many seconds is killed, and started again like one"
+                                  " that died (docs/operation.md); 0: never", "", "SECONDS", ge=0, le=3600)] = 10
     postmortem: Annotated[str, _opt("when a stage dies (and on SIGQUIT) write what is in shared memory, but no frame,"
                                     " below this directory: `ringnet postmortem` reads it", "", "DIR")] = ""
     metrics: Annotated[str, _opt("serve metrics (docs/metrics.md): a loopback port, ADDR:PORT of loopback, or unix:PATH", "",

@@ -12,6 +12,7 @@ SIGTERM raises Terminated in run(). The process is killed if the supervisor's th
 from __future__ import annotations
 
 import errno
+import faulthandler
 import importlib
 import os
 import resource
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from pipeline.logs import Log, for_stage, set_level, take_over
+from pipeline.logs import FORMAT_VARIABLE, Log, for_stage, set_level, take_over
 from pipeline.messages import (
     VERSION,
     Answer,
@@ -471,6 +472,8 @@ def main(argv: list[str], *, by_hand: bool = False) -> int:
         return StageExit.USAGE
     name = argv[0]
     _LOGS[:] = [for_stage(name)]
+    if os.environ.get(FORMAT_VARIABLE) != "json":  # whose readers expect objects
+        faulthandler.enable()  # one that crashes, or hangs and is aborted, says where in Python
     lib.rn_os_set_name(f"rn-{name}".encode())
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     if by_hand:

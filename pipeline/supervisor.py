@@ -73,6 +73,7 @@ from pipeline.policy import PolicyBook
 from pipeline.seats import Seats
 from pipeline.sockets import widen
 from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
+from pipeline.watchdog import Watchdog
 from shm._dataplane import lib
 from shm.arena import Arena, Use
 from shm.cell import Session as CellTable
@@ -200,6 +201,7 @@ class Child:
         self.status: int | None = None
         self.cpu_s = 0.0
         self.pongs = 0
+        self.hung = ""  # why it was killed, if it was the watchdog that did
         self.asks: deque[tuple[Ask, tuple[int, ...], Callable[[str], None]]] = deque()  # the first is under way
 
     @property
@@ -319,6 +321,7 @@ class Session:
         self.info: Callable[[str], None] | None = None  # where `info` goes if it is asked for while the session runs
         self.impairments = {i.place: (text, i) for text, i in zip(settings.impair, settings.impairments(), strict=True)}
         self.seats = Seats(self, settings.hold, settings.restarts)
+        self.watchdog = Watchdog(self, settings.watchdog)
         self.nic2 = nic2
         if nic2 is not None:
             nic2.attach(self)
@@ -406,9 +409,10 @@ class Session:
         return self.stop()
 
     def _step(self, timeout: float | None) -> None:
-        if (due := self.seats.due()) is not None and not self.ending:
-            left = max(0.0, due - time.monotonic())
-            timeout = left if timeout is None else min(timeout, left)
+        for due in (self.seats.due(), self.watchdog.due()) if not self.ending else ():
+            if due is not None:
+                left = max(0.0, due - time.monotonic())
+                timeout = left if timeout is None else min(timeout, left)
         events = self._selector.select(timeout)
         # The caller's watches (signals) before the stages': when a signal went to the whole process group, a
         # stage that ended of it is no accident. Looked at anew, because our own signal may have been delivered only
@@ -426,6 +430,8 @@ class Session:
             self.on_link_end(self._link_news.pop(), Exit.RUNTIME)
         if not self.ending:
             self.seats.tick()
+            if self._up and not self._stopping:
+                self.watchdog.tick()
 
     def _hear(self, child: Child) -> None:
         """Read all a stage said."""
@@ -541,7 +547,7 @@ class Session:
             self._set_failure(code, f"stage {child.decl.name} {verb}: {self._how(child)}"
                               f"{self.seats.exhausted(child)}; {self._last(child)}")
         elif was is State.RUNNING:
-            self._set_failure(Exit.STAGE_DIED, f"stage {child.decl.name} died: {describe_status(child.status)}"
+            self._set_failure(Exit.STAGE_DIED, f"stage {child.decl.name} died: {self._how(child)}"
                               f"{self.seats.exhausted(child)}; {self._last(child)}")
         elif was not in (State.CANCELLED, State.ENDED):
             self._set_failure(Exit.NOT_READY, f"stage {child.decl.name} ended before it was running"
@@ -553,7 +559,7 @@ class Session:
         match child.said:
             case Ended(reason=text) | Failed(error=text):
                 return text
-        return describe_status(child.status)
+        return child.hung or describe_status(child.status)
 
     @staticmethod
     def _accident(child: Child) -> bool:
@@ -1021,7 +1027,7 @@ class Session:
         self._watch_child(child, ours, child.popen.pid, os.pidfd_open(child.popen.pid))
 
     def _watch_child(self, child: Child, ours: socket.socket, pid: int, pidfd: int) -> None:
-        child.state, child.said, child.status = State.SPAWNED, None, None
+        child.state, child.said, child.status, child.hung = State.SPAWNED, None, None, ""
         child.pid, child.pidfd, child.channel = pid, pidfd, Channel(ours)
         self._selector.register(ours, selectors.EVENT_READ, child)
         self._selector.register(pidfd, selectors.EVENT_READ, child)
@@ -1058,6 +1064,14 @@ class Session:
             self._fail(child, f"its settings take {size} bytes, at most {PACKET_MAX}: make lists of options shorter")
             return
         self._send(child, message, [fd for _, fd in grants])
+
+    def serves(self, child: Child) -> bool:
+        """Is it to be at work, or on its way out of its seat?"""
+        return child.state is State.RUNNING or child.state is State.CANCELLED and child.decl.name in self.seats.held
+
+    def answers(self, child: Child) -> bool:
+        """Does it still listen?"""
+        return child.state is State.RUNNING
 
     def ping(self, name: str, seq: int) -> None:
         """Ask a stage for a Pong; child(name).pongs is then seq."""

@@ -39,7 +39,7 @@ CONTROL |= {"nic2_backends", "vm_nic2"}
 # Those that look at a session from outside, or tell of it.
 DECLARATIONS |= {"logs", "log_handler"}
 COMMANDS |= {"top", "flows", "doctor", "manual"}
-CONTROL |= {"look", "metrics", "service_manager"}
+CONTROL |= {"look", "metrics", "service_manager", "watchdog"}
 
 
 def layer(module: str) -> str:
