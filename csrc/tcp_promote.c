@@ -106,6 +106,10 @@ void tcp_take_up(struct egress *e, uint32_t i)
 	e->s->c[RN_C_recalled_up]++;
 	if (f->up.rcv_nxt != RN_LOOK(f->up.acked))
 		eg_work(e, i, W_ACK); /* guest_tx took it, and may not have said so yet */
+	/* It offers no slack, so it may have closed the window. Of room it would be told while the half is not its own, and
+	 * we look for room only while something is parked: that much is let come. */
+	if (rcv_wnd(f) < 2u * e->cfg.mtu && tcp_update_window(e, i))
+		eg_work(e, i, W_ACK);
 }
 
 void tcp_take_down(struct egress *e, uint32_t i)

@@ -362,6 +362,35 @@ def test_what_lies_past_the_window_is_not_taken(wire: Wire) -> None:
         both_ways(g, host)
 
 
+def fill(g: GuestTcp) -> int:
+    """Send until the window is closed, and stays so for half a second: how many bytes."""
+    sent, edge = 0, (g.snd_nxt + 65535) & M32
+    while True:
+        n = min(1400, (edge - g.snd_nxt) & M32)
+        if n:
+            g.push(b"f" * n)
+            sent += n
+        seg = g.recv(0.0 if n else 0.5)
+        if seg is None and not n:
+            return sent
+        if seg is not None and (new := (seg.ack + (seg.wnd << g.peer_wscale) - edge) & M32) < 1 << 31:
+            edge = (edge + new) & M32
+
+
+def test_a_closed_window_opens_also_if_egress_has_the_flow_by_then(wire: Wire) -> None:
+    """The probe of a closed window gives both halves to egress, so that guest_tx hears of room in vain."""
+    with promoted(wire, mss=1400) as (g, host):
+        sent = fill(g)
+        g.send(ACK, seq=g.snd_nxt - 1)
+        g.fence()
+        assert read_exactly(host, sent) == b"f" * sent
+        end = time.monotonic() + DEADLINE
+        while (flow := flow_of(wire, g.sport)) is not None and (flow.rcv_adv - g.snd_nxt) & M32 < 2000:
+            assert time.monotonic() < end, "the window did not open again"
+            time.sleep(0.01)  # another process's memory: there is no event
+        both_ways(g, host)
+
+
 def test_a_slow_reader_loses_nothing_and_costs_nothing(wire: Wire) -> None:
     """I1, I3. The window closes, and no stage turns round meanwhile: where the send buffer has some room, but not much, a
     stage that waits for more must not be told of that little again and again (ARCBOX fault 16)."""
