@@ -208,6 +208,11 @@ _ringnet() {
 			option=$w
 			continue
 			;;
+		"bench|-m" | "bench|--mtu" | "bench|--secs" | "bench|--only")
+			skip=1
+			option=$w
+			continue
+			;;
 		"top|-s" | "top|--session" | "top|--api-socket" | "top|-i" | "top|--interval" | "top|-n" | "top|--count" | "top|--sort" | "top|--flows")
 			skip=1
 			option=$w
@@ -245,7 +250,7 @@ _ringnet() {
 			;;
 		esac
 		case "${path:+$path }$w" in
-		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl policy ls" | "ctl policy replace" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "doctor" | "top" | "flows" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "nic2-helper" | "stage") path="${path:+$path }$w" ;;
+		"run" | "attach" | "vm" | "demo" | "ctl" | "ctl ls" | "ctl status" | "ctl stages" | "ctl statistics" | "ctl forward" | "ctl forward add" | "ctl forward ls" | "ctl forward rm" | "ctl forward replace" | "ctl hosts" | "ctl hosts add" | "ctl hosts replace" | "ctl hosts ls" | "ctl hosts rm" | "ctl flows" | "ctl close" | "ctl policy" | "ctl policy ls" | "ctl policy replace" | "ctl hold" | "ctl release" | "ctl pause" | "ctl step" | "ctl resume" | "ctl impair" | "ctl impair set" | "ctl impair ls" | "ctl impair rm" | "ctl latency" | "ctl dump" | "ctl log" | "ctl events" | "ctl cancel" | "ctl start" | "capture" | "doctor" | "bench" | "top" | "flows" | "explain" | "postmortem" | "passt" | "slirp4netns" | "completion" | "nic2-helper" | "stage") path="${path:+$path }$w" ;;
 		"run "[!-]* | "run --") rest=1 ;;
 		esac
 	done
@@ -350,7 +355,7 @@ _ringnet() {
 		return
 	fi
 	case "$path" in
-	"") COMPREPLY=($(compgen -W "run attach vm demo ctl capture doctor top flows explain postmortem passt slirp4netns completion nic2-helper stage -h --help --version" -- "$cur")) ;;
+	"") COMPREPLY=($(compgen -W "run attach vm demo ctl capture doctor bench top flows explain postmortem passt slirp4netns completion nic2-helper stage -h --help --version" -- "$cur")) ;;
 	"run") COMPREPLY=($(compgen -c -f -W "-h --help --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --cpus --seed --impair --hold --restarts --watchdog --postmortem --metrics --log-format --log-level --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"attach") COMPREPLY=($(compgen -f -W "-h --help --config-net --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --tap --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --cpus --seed --impair --hold --restarts --watchdog --postmortem --metrics --log-format --log-level --stats -q --quiet -d --debug" -- "$cur")) ;;
 	"vm") COMPREPLY=($(compgen -W "-h --help --type --socket --fd --nic2-socket --nic2-fd -1 --one-off --vnet-hdr --ready-fd --exit-fd --config -m --mtu -a --address -n --netmask -g --gateway --mac -D --dns -S --search --hosts --no-host-loopback -t --tcp-ports -u --udp-ports --forward-as-gateway --policy --no-metadata --proxy --no-proxy --udp-without-proxy -p --pcap --session --api-socket -P --pid -I --ifname --resolv-conf --lease-file --udp-max --pending-max --peek --nic2 --route --promote --cpus --seed --impair --hold --restarts --watchdog --postmortem --metrics --log-format --log-level --stats -q --quiet -d --debug" -- "$cur")) ;;
@@ -392,6 +397,7 @@ _ringnet() {
 	"ctl start") COMPREPLY=($(compgen -W "nic2 -h --help -s --session --api-socket --json" -- "$cur")) ;;
 	"capture") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -w --write --host --port --proto --flow --drops --snaplen -c --count --file-size --files --buffer -q --quiet" -- "$cur")) ;;
 	"doctor") COMPREPLY=($(compgen -W "-h --help --json -q --quiet" -- "$cur")) ;;
+	"bench") COMPREPLY=($(compgen -W "-h --help -m --mtu --secs --only --json" -- "$cur")) ;;
 	"top") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json -i --interval -n --count --sort --flows --plain" -- "$cur")) ;;
 	"flows") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket --json --proto --host --port --waiting --sort -n --most -i --interval --watch" -- "$cur")) ;;
 	"explain") COMPREPLY=($(compgen -W "-h --help -s --session --api-socket -n --last --json" -- "$cur")) ;;

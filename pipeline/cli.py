@@ -25,6 +25,7 @@ OWN_PARSERS = {
     "ctl": "look at a running session, and change it",
     "capture": "write frames of a running session as pcapng",
     "doctor": "say what this machine lacks for ringnet",
+    "bench": "how fast is it here, beside pasta and slirp4netns",
     "top": "watch a running session: stages, rings, drops, busiest flows",
     "flows": "every flow of a session, and in words what it waits for",
     "explain": "what the stages decided about a flow, a drop counter or an address",

@@ -41,7 +41,7 @@ PAGES = (
          examples=(("ringnet run -- bash", "A shell with a network of its own."),
                    ("ringnet doctor", "Can this machine run it?"),
                    ("ringnet top", "What is it doing?")),
-         see=("run", "attach", "vm", "ctl", "capture", "top", "flows", "explain", "postmortem", "doctor")),
+         see=("run", "attach", "vm", "ctl", "capture", "top", "flows", "explain", "postmortem", "doctor", "bench")),
     Page(name="run", brief="run a command in a new guest namespace",
          text=("The guest has 10.0.2.2/24 unless told otherwise, and learns it by DHCP through the pipeline. The gateway,"
                " by name host.ringnet.internal, reaches the host's loopback.",),
@@ -83,7 +83,13 @@ PAGES = (
     Page(name="postmortem", brief="what the stages of a session that died had decided",
          text=("See docs/debugging.md.",), see=("explain",)),
     Page(name="doctor", brief="say what this machine lacks for ringnet",
-         text=("Kernel, rights, limits, settings and tools. Nothing is changed.",), see=("run",)),
+         text=("Kernel, rights, limits, settings and tools. Nothing is changed.",), see=("run", "bench")),
+    Page(name="bench", brief="how fast is it here, beside pasta and slirp4netns",
+         text=("Two network namespaces are made, without root in a user namespace, and each program joins them in turn; nothing"
+               " else on the machine is touched, and nothing is left. Processor time is that of all of a program's processes,"
+               " latencies are medians.",),
+         examples=(("ringnet bench", "The table, in about 20 seconds."),
+                   ("ringnet bench --mtu 1500 --json", "For a program, at another MTU.")), see=("doctor",)),
 )
 
 

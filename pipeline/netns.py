@@ -343,15 +343,16 @@ def _tell(line: Line, text: str) -> None:
 
 # -- run: a namespace of our own
 
-def _map_ids(uid: int, gid: int) -> None:
-    """Ourselves to ourselves, nothing else (user_namespaces(7): the one mapping that needs no rights)."""
+def _map_ids(uid: int, gid: int, *, as_root: bool) -> None:
+    """Ourselves to ourselves, or to root in there, nothing else (user_namespaces(7): the mappings that need no rights)."""
     Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1\n")
-    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1\n")
+    Path("/proc/self/uid_map").write_text(f"{0 if as_root else uid} {uid} 1\n")
+    Path("/proc/self/gid_map").write_text(f"{0 if as_root else gid} {gid} 1\n")
 
 
-def _new_namespaces() -> None:
-    """User (unless root), network and mount namespace. Raises GuestError."""
+def new_namespaces(*, as_root: bool = False) -> None:
+    """User (unless root), network and mount namespace. as_root: programs that are started in it have rights over it.
+    Raises GuestError."""
     uid, gid = os.geteuid(), os.getegid()
     flags = lib.RN_CLONE_NEWNET | lib.RN_CLONE_NEWNS
     rc = lib.rn_os_unshare(flags) if uid == 0 else -errno.EPERM
@@ -362,7 +363,7 @@ def _new_namespaces() -> None:
                                  " kernel.apparmor_restrict_unprivileged_userns=0), or run as root",
                     errno.ENOSPC: "; raise sysctl user.max_user_namespaces"}.get(-rc, "")
             raise GuestError(f"cannot make a user namespace: {os.strerror(-rc)}{hint}")
-        _map_ids(uid, gid)
+        _map_ids(uid, gid, as_root=as_root)
     elif rc < 0:
         raise GuestError(f"cannot make a network namespace: {os.strerror(-rc)}")
     # What we mount stays ours; what the host mounts or unmounts later reaches us.
@@ -458,7 +459,7 @@ def guest(sock: socket.socket, name: str, mtu: int, argv: list[str], ignored: fr
 def _guest(line: Line, name: str, mtu: int, argv: list[str], ignored: frozenset[signal.Signals],
            second: Second | None) -> int:
     home, tty = os.getcwd(), terminal()
-    _new_namespaces()
+    new_namespaces()
     netlink.link_up("lo")
     _hand_over(line, name, mtu, second)
     if line.recv() is None:  # Go, or the supervisor gave up

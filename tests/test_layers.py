@@ -38,8 +38,8 @@ CONTROL |= {"nic2_backends", "vm_nic2"}
 
 # Those that look at a session from outside, or tell of it.
 DECLARATIONS |= {"logs", "log_handler"}
-COMMANDS |= {"top", "flows", "doctor", "manual"}
-CONTROL |= {"look", "metrics", "service_manager", "watchdog"}
+COMMANDS |= {"top", "flows", "doctor", "manual", "bench"}
+CONTROL |= {"look", "metrics", "service_manager", "watchdog", "procs", "peers", "bench_lab"}
 
 
 def layer(module: str) -> str:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO / "tools"))
 
-from bench import compare, drivers, plots, procs, report, results, rows, stats, targets, where  # noqa: E402
+from bench import compare, drivers, plots, report, results, rows, stats, targets, where  # noqa: E402
 from bench.lab import LabError  # noqa: E402
 from bench.results import Record, Results, ResultsError  # noqa: E402
+from pipeline import procs  # noqa: E402
 
 KINDS = {"ringnet": "ringnet", "pasta": "peer", "slirp4netns": "peer", "kernel": "kernel"}
 META = {"kernel": "6.1", "cpus": 2, "cpu": "Z80", "date": "2030-01-02 03:04 UTC", "commit": "abc", "commands": ["run it"],

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench import procs
 from bench.drivers import Datapath, Driver, running
 from bench.lab import Lab, LabError
 from bench.results import Record
 from bench.rows import Row
+from pipeline import procs
 
 LOOK_S = 0.3  # before each start of a driver: how busy is the machine without us?
 

@@ -1,76 +1,36 @@
-"""What is measured: each datapath as the command that attaches it to the guest's namespace."""
+"""What is measured: each datapath (pipeline/peers.py) attached to the guest's namespace."""
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import procs
 from bench.lab import SERVER, TAP, Lab, LabError, inside
 from bench.load import Load
+from pipeline import peers, procs
+from pipeline.peers import Driver
 
-REPO = Path(__file__).resolve().parent.parent.parent
 READY_PORT = "5300"
 FORWARDS = (5401, 5402)  # host ports that lead to the same ports of the guest
 PATIENCE = 30.0  # s until a datapath must work
 
-_PASTA = ("{pasta} -f -q --runas 0:0 --netns-only --no-map-gw --config-net --mtu {mtu} --netns {netns} -I {tap}"
-          " -t {tcp} -u none -T none -U none")
-
-
-@dataclass(frozen=True)
-class Driver:
-    """In `command` {netns}, {tap}, {mtu}, {tcp} (ports to forward, or none) and {api} (a socket's path) are filled in."""
-
-    name: str
-    kind: str  # ringnet, peer, kernel
-    command: str = ""
-    version: str = ""  # words of a command that says it
-    env: dict[str, str] = field(default_factory=dict)
-
-    def available(self) -> bool:
-        return not self.command or shutil.which(shlex.split(self.command)[0]) is not None
-
-    def said_version(self) -> str:
-        if not self.version:
-            return ""
-        done = subprocess.run(shlex.split(self.version), stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
-        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
-
-
-def _ringnet(name: str, options: str = "") -> Driver:
-    """This checkout; {tcp} is 'none' without forwards, which ringnet's -t takes too."""
-    command = (f"{shlex.quote(sys.executable)} -P -m pipeline attach {{netns}} --tap {{tap}} --mtu {{mtu}} --config-net"
-               f" --quiet --tcp-ports {{tcp}} {options}")
-    return Driver(name, "ringnet", command.strip(), env={"PYTHONPATH": str(REPO)})
-
-
-def _pasta(name: str, path: str) -> Driver:
-    return Driver(name, "peer", _PASTA.replace("{pasta}", shlex.quote(path)), f"{shlex.quote(path)} --version")
-
 
 def builtin(newer_pasta: str | None = None) -> dict[str, Driver]:
     drivers = [
-        _ringnet("ringnet"),
-        _pasta("pasta", "pasta"),
-        Driver("slirp4netns", "peer", "slirp4netns --configure --mtu {mtu} --netns-type=path --api-socket {api} {netns} {tap}",
-               "slirp4netns --version"),
+        peers.ringnet(),
+        peers.pasta(),
+        peers.slirp4netns(),
         Driver("kernel", "kernel"),
     ]
     if newer_pasta:
-        drivers.insert(2, _pasta("pasta25", newer_pasta))
+        drivers.insert(2, peers.pasta("pasta25", newer_pasta))
     return {d.name: d for d in drivers}
 
 
@@ -80,7 +40,7 @@ def custom(text: str) -> Driver:
     if not equals or not name or not command.strip():
         raise LabError(f"--driver {text}: not NAME=COMMAND (or NAME=+OPTIONS for ringnet with options)")
     if command.startswith("+"):
-        return _ringnet(name, command[1:].strip())
+        return peers.ringnet(name, command[1:].strip())
     return Driver(name, "peer", command)
 
 
@@ -118,8 +78,7 @@ def running(driver: Driver, lab: Lab, mtu: int, *, forwards: bool) -> Iterator[D
 def _started(driver: Driver, lab: Lab, mtu: int, scratch: Path, *, forwards: bool) -> Iterator[Datapath]:
     log, api = scratch / "log", scratch / "api"
     ports = ",".join(map(str, FORWARDS)) if forwards else "none"
-    words = [w.format(netns=f"/run/netns/{lab.guest}", tap=TAP, mtu=mtu, tcp=ports, api=api)
-             for w in shlex.split(driver.command)]
+    words = driver.words(netns=f"/run/netns/{lab.guest}", tap=TAP, mtu=mtu, tcp=ports, api=api)
     with Load(lab.guest, "ready", SERVER, READY_PORT, PATIENCE) as probe, log.open("wb") as out:
         probe.line(PATIENCE)
         began = time.monotonic_ns()

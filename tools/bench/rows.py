@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from bench import procs
 from bench.drivers import FORWARDS, Datapath
 from bench.lab import HOST, SERVER, LabError, guest_address, inside
 from bench.load import Load
 from bench.stats import summary
+from pipeline import procs
 
 PATIENCE = 30.0  # s beyond what the work itself takes
 PORT = "5301"

@@ -25,11 +25,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import drivers, lab, procs
+from bench import drivers, lab
 from bench.lab import SERVER, LabError
 from bench.load import Load
 from bench.report import number, table
 from bench.results import ResultsError, conditions, replaced
+from pipeline import procs
 
 PATIENCE = 30.0
 PORT = "5301"
