@@ -106,13 +106,13 @@ class Link(Struct, frozen=True, kw_only=True):
 class Deadlines(Struct, frozen=True, kw_only=True):
     """Seconds."""
 
-    hello: float = 10.0  # starting an interpreter, on a busy machine
-    ready: float = 5.0
-    running: float = 5.0
-    answer: float = 5.0  # to something asked of a running stage
+    hello: float = 30.0  # starting an interpreter, on a busy machine: an end is seen at once, this is for what hangs
+    ready: float = 15.0
+    running: float = 15.0
+    answer: float = 15.0  # to something asked of a running stage
     drain: float = 1.0  # a stage, from Cancel to its end
     drain_failed: float = 0.3  # the same, when a stage is dead already
-    term: float = 1.0  # from SIGTERM to SIGKILL
+    term: float = 3.0  # from SIGTERM to SIGKILL
 
 
 class StageEnd(Struct, frozen=True, kw_only=True):

@@ -38,7 +38,7 @@ for d in $dns; do echo nameserver $d; done > /etc/resolv.conf
 echo "RT lease $ip $router $(cat /sys/class/net/$interface/mtu)" > /lease
 E
 chmod +x /dhcp
-udhcpc -n -q -f -i eth0 -s /dhcp -O mtu >/dev/null 2>&1 || echo "RT error no lease"
+udhcpc -n -q -f -t 20 -i eth0 -s /dhcp -O mtu >/dev/null 2>&1 || echo "RT error no lease"
 cat /lease
 {script}
 echo "RT end"

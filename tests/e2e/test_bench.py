@@ -109,9 +109,9 @@ def test_micro_benchmarks_say_what_each_part_costs() -> None:
 def test_where_tells_calls_and_sleeps_by_stage(tmp_path: Path) -> None:
     """Kernel functions need perf, which a machine may forbid: what it counts is not looked at here."""
     with lab.Lab().fresh() as names, Load(names.host, "serve", "127.0.0.1", "5000", 1) as load:
-        load.line(10)
+        load.line(60)
         stages = {load.process.pid: "serving"}
         with where.straced(stages, tmp_path) as counts, Load(names.host, "rr", "127.0.0.1", "5000", 0.2, 1) as asking:
-            n = asking.answer(10)["n"]
+            n = asking.answer(60)["n"]
     calls = counts["serving"]
     assert n <= calls["recvfrom"] <= n + 5 and calls["sendto"] == n and calls["epoll_wait"] >= n

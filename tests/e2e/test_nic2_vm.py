@@ -18,7 +18,7 @@ MAC = "52:54:00:00:00:02"
 SCRIPT = """
 printf '#!/bin/sh\\n[ "$1" = bound ] && ip addr add $ip/$mask dev $interface && echo RT second $ip $interface\\nexit 0\\n' > /dhcp2
 chmod +x /dhcp2; ip link set eth1 up
-udhcpc -n -q -f -i eth1 -s /dhcp2 2>/dev/null || echo "RT error no second lease"
+udhcpc -n -q -f -t 20 -i eth1 -s /dhcp2 2>/dev/null || echo "RT error no second lease"
 ip link set lo up; ip addr add 172.16.7.2/32 dev lo
 echo container > /www/who; httpd -p 80 -h /www
 """

@@ -52,7 +52,7 @@ def _run(program: Path, *args: object, keep: Path, check: bool = True) -> subpro
 
 
 @pytest.mark.xdist_group("fuzz")
-@pytest.mark.timeout(60 * MINUTES + 400 if LONG else 300)
+@pytest.mark.timeout(60 * MINUTES + 400 if LONG else 900)
 @pytest.mark.parametrize("name", C_TARGETS)
 def test_c_target(name: str, programs: dict[str, Path], tmp_path: Path) -> None:
     much = ("-seconds", 60 * MINUTES) if LONG else ("-runs", RUNS[name])
@@ -67,7 +67,7 @@ def covered_parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.xdist_group("libfuzzer")
-@pytest.mark.timeout(60 * MINUTES + 400 if LONG else 300)
+@pytest.mark.timeout(60 * MINUTES + 400 if LONG else 900)
 @pytest.mark.parametrize("name", LIBFUZZER_TARGETS)
 def test_libfuzzer(name: str, covered_parts: list[Path], tmp_path: Path) -> None:
     """The same targets, but led by what they cover; an input that fails is kept and named."""
@@ -113,7 +113,7 @@ def test_the_egress_oracle_can_say_no(parts: list[Path], tmp_path: Path) -> None
     assert _run(program, kept, keep=tmp_path, check=False).returncode in (0, -6), "a kept input can be replayed"
 
 
-@pytest.mark.timeout(60 * MINUTES + 100 if LONG else 120)
+@pytest.mark.timeout(60 * MINUTES + 100 if LONG else 300)
 @pytest.mark.parametrize("name", PYTHON_TARGETS)
 def test_python_target(name: str) -> None:
     module = importlib.import_module(f"tests.fuzz.fuzz_{name}")

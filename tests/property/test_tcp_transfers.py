@@ -24,7 +24,7 @@ PARTS = 4
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.timeout(1800 if LONG else 120)
+@pytest.mark.timeout(1800 if LONG else 300)
 def test_seeded_transfers(part: int) -> None:
     """The worlds tools/transfers --seed N runs; a failure prints its seed."""
     done = tcp_world.run_many(TRANSFERS // PARTS, seed=1_000_000 * (part + 1))
@@ -106,5 +106,5 @@ def test_a_wrong_byte_is_seen(direction: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_tool_replays_a_seed() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.property.tcp_world", "--seed", "7", "--count", "3"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=100)
+                          capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and " 0 mismatches" in done.stdout, done.stdout + done.stderr

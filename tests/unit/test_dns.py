@@ -25,8 +25,6 @@ from pipeline.services.hosts import HostsTable
 from pipeline.services.loop import Loop
 from pipeline.services.resolv import Upstream
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Clock:
     now = 1000.0

@@ -92,9 +92,6 @@ def watch() -> Iterator[object]:
         each.close()
 
 
-pytestmark = pytest.mark.timeout(30)
-
-
 def test_fault_37_written_in_place(watch, tmp_path):
     file = tmp_path / "resolv.conf"
     file.write_text("nameserver 1.1.1.1\n")

@@ -68,7 +68,8 @@ def client(rule: Forward, source: tuple[str, int] | None = None) -> socket.socke
 
 
 def syn_to(wire: Wire, port: int, timeout: float = DEADLINE) -> tuple[str, int, Segment] | None:
-    """The next SYN without ACK to a port of the guest: (source address, source port, segment)."""
+    """The next SYN without ACK to a port of the guest that is not one sent again: (source address, source port, segment)."""
+    seen = wire.__dict__.setdefault("syns_seen", set())
     while (frame := receive(wire.sock, timeout)) is not None:
         ip = parse_ipv4(frame)
         if ip is None or ip[0] != 6:
@@ -78,6 +79,9 @@ def syn_to(wire: Wire, port: int, timeout: float = DEADLINE) -> tuple[str, int, 
             segment = GuestTcp(wire.sock, sport, ip[1], sport=port)._mine(frame)
             assert segment is not None
             assert frame[:6] == GUEST_MAC
+            if (ip[1], sport, segment.seq) in seen:
+                continue
+            seen.add((ip[1], sport, segment.seq))
             return ip[1], sport, segment
     return None
 
@@ -97,7 +101,9 @@ def answer(g: GuestTcp) -> Segment:
     """SYN-ACK; returns the ACK that completes the handshake."""
     g.send(SYN | ACK, opts=g.syn_options())
     g.snd_nxt = (g.isn + 1) & M32
-    ack = g.expect(ACK)
+    while (ack := g.recv()) is not None and ack.flags & SYN:
+        pass  # sent again meanwhile
+    assert ack is not None and ack.flags & (FIN | SYN | RST | ACK) == ACK, ack
     assert (ack.seq, ack.ack) == (g.rcv_nxt, g.snd_nxt)
     return ack
 
