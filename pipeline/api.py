@@ -121,7 +121,7 @@ class Forwards(Struct, frozen=True, kw_only=True):
 
 class HostInfo(Struct, frozen=True, kw_only=True):
     name: str
-    addresses: list[str]
+    addresses: list[str]  # or the one name it is an alias of
     owner: str
 
 
@@ -386,8 +386,9 @@ Domains = Annotated[list[str], Meta(max_length=1024)]
 
 
 class HostsAdd(Call, kw_only=True):
-    """Give names addresses; an owner's earlier addresses of a name go. `*.DOMAIN` answers for all below that have no
-    name of their own. `domains`: names below that are not known do not exist, nobody else is asked."""
+    """Give names addresses, or one other name that is answered here (an alias); what an owner gave a name before goes.
+    `*.DOMAIN` answers for all below that have no name of their own. `domains`: names below that are not known do not exist,
+    nobody else is asked."""
 
     call = "hosts.add"
     result = Changed

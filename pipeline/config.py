@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 
 from pipeline import nic2
 from pipeline.forwards import Auto, Forward, ForwardSyntaxError, Proto, autos, parse_all
+from pipeline.host_names import DOMAIN, alias_of, check_alias, check_chain, is_domain_name, one_name, values
 from pipeline.logs import parse_levels
 from pipeline.policy import PolicyError, PolicyRule, effective, entries
 from pipeline.proxies import Plan, ProxyError, chosen, plan
@@ -27,7 +28,6 @@ from pipeline.units import MTU_MAX, MTU_MIN, Impair, Ipv4, LinkKind, Mac, Mtu, P
 ETH_HLEN, VLAN_HLEN = 14, 4  # bytes
 FRAME_MAX = 65535 + ETH_HLEN  # super-frame: IPv4 total length limit (RFC 791 3.1)
 IFNAME_MAX = 15  # bytes (IFNAMSIZ - 1)
-DOMAIN = "ringnet.internal"
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}\Z"
 FORWARDS_OWNER = "options"  # of forwards by -t and -u
 CPUS_MAX = 1024  # sched_setaffinity(2): a cpu_set_t
@@ -151,7 +151,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     search: Annotated[tuple[str, ...], _opt("DNS search domain given to the guest; may be repeated", "S", "DOMAIN",
                                             max_length=6)] = ()
     hosts: Annotated[dict[str, str | tuple[str, ...]], _opt(
-        "name answered locally; may be repeated (IP: v4 or v6; several with commas)", "", "NAME=IP")] = {}
+        "name answered locally; may be repeated (IP: v4 or v6, several with commas; or another such name: an alias)", "",
+        "NAME=IP")] = {}
     no_host_loopback: Annotated[bool, _opt("the gateway address does not reach the host's loopback")] = False
     tcp_ports: Annotated[tuple[str, ...], _opt(
         "forward TCP ports of the host to the guest, like 8080:80 (docs/forwards.md); may be repeated", "t", "SPEC")] = ()
@@ -391,12 +392,8 @@ def _ip(option: str, text: str) -> None:
         raise ConfigError(f"--{option} {text}: not an IP address") from None
 
 
-_LABEL = re.compile(r"^(?!-)[A-Za-z0-9_-]{1,63}(?<!-)$")
-
-
 def _domain(option: str, text: str) -> None:
-    name = text.rstrip(".")
-    if not name or len(name) > 253 or not all(_LABEL.match(part) for part in name.split(".")):
+    if not is_domain_name(text):
         raise ConfigError(f"--{option} {text}: not a domain name (labels of 1..63 letters, digits and dashes)")
 
 
@@ -437,17 +434,27 @@ def check(s: Settings) -> Settings:
         _ip("dns", d)
     for d in s.search:
         _domain("search", d)
-    for name, addresses in s.hosts_table().items():
+    table = s.hosts_table()
+    names = {one_name(name) for name in table}
+    for name, texts in table.items():
         _domain("hosts", name)
-        if not addresses:
+        if not texts:
             raise ConfigError(f"--hosts {name}: no address")
-        for a in addresses:
-            _ip(f"hosts {name}={a}:", a)
+        try:
+            check_alias(values(texts), names.__contains__)
+        except ValueError as e:
+            raise ConfigError(f"--hosts {name}={e}") from None
+    behind = {one_name(name): alias_of(values(texts)) for name, texts in table.items()}
+    for name in behind:
+        try:
+            check_chain(name, behind.get, str)
+        except ValueError as e:
+            raise ConfigError(f"--hosts {e}") from None
     check_ifname("ifname", s.ifname)
-    names = [stage.name for stage in TOPOLOGY.only(frozenset({Feature.NIC1})).stages]
+    stages = [stage.name for stage in TOPOLOGY.only(frozenset({Feature.NIC1})).stages]
     for name in s.hold:
-        if name not in names:
-            raise ConfigError(f"--hold {name}: no such stage; there are {', '.join(names)}")
+        if name not in stages:
+            raise ConfigError(f"--hold {name}: no such stage; there are {', '.join(stages)}")
     if s.hold and s.api_socket == "none":
         raise ConfigError("--hold needs the control API, which --api-socket none turns off")
     if s.session and not re.match(SESSION_NAME, s.session):

@@ -86,7 +86,8 @@ def parser() -> Parser:
     for name, does, text in (("add", hosts_add, "give names addresses"),
                              ("replace", hosts_replace, "let an owner have exactly these names and domains")):
         p = add(hosts, name, does, text)
-        p.add_argument("name", nargs="*", metavar="NAME=IP[,IP...]", help="*.DOMAIN=IP: what has no name of its own")
+        p.add_argument("name", nargs="*", metavar="NAME=IP[,IP...]",
+                       help="*.DOMAIN=IP: what has no name of its own; NAME=NAME: an alias")
         p.add_argument("--domain", action="append", default=[], help="below it unknown names do not exist")
         p.add_argument("--owner", default="", required=name == "replace", help="who they belong to")
     p = add(hosts, "ls", hosts_ls, "names, their addresses and owners")

@@ -1,20 +1,19 @@
 """Names answered locally, by owner: what the control API changes, and services is told the outcome of.
 
-Each owner (a container, a tool; the command line is one) has its own addresses for a name. Answered are those of all
-owners, in the order they came. What is a possible name is decided by services; here names are only brought to one form.
+Each owner (a container, a tool; the command line is one) has its own addresses for a name, or another name behind it.
+Answered are the addresses of all owners, in the order they came; if nobody has any, the first alias. What is a possible name
+is decided by services; here names are only brought to one form.
 """
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from msgspec import Struct
 
-from pipeline.config import DOMAIN
+from pipeline.host_names import alias_of, check_alias, one_name, values
 
-Addresses = tuple[str, ...]
-_INSIDE = "." + DOMAIN
+Values = tuple[str, ...]  # addresses, or one name: it is an alias
 _Value = TypeVar("_Value")
 
 
@@ -26,11 +25,11 @@ class Delta(Struct, frozen=True, kw_only=True):
     """A change of one owner's entries, and what services must be told for it."""
 
     owner: str
-    set: dict[str, Addresses]  # the owner's, new or changed
+    set: dict[str, Values]  # the owner's, new or changed
     drop: tuple[str, ...]  # the owner's
     own: tuple[str, ...]  # domains, likewise
     disown: tuple[str, ...]
-    told: dict[str, Addresses]  # what is answered for a name from now on; (): nothing
+    told: dict[str, Values]  # what is answered for a name from now on; (): nothing
     told_own: tuple[str, ...]
     told_disown: tuple[str, ...]
 
@@ -43,23 +42,15 @@ class Delta(Struct, frozen=True, kw_only=True):
         return len(self.drop) + len(self.disown)
 
 
-def one_name(text: str) -> str:
-    """One spelling a name: small letters, no final dot, `db` for db.DOMAIN (services knows it as both)."""
-    name = text.lower().removesuffix(".")
-    inner = name.removesuffix(_INSIDE)
-    return inner if inner != name and "." not in inner and inner != "*" else name
-
-
-def checked(names: Mapping[str, Iterable[str]]) -> dict[str, Addresses]:
-    """Names and addresses in one form. Raises ValueError."""
-    found: dict[str, Addresses] = {}
-    for text, addresses in names.items():
+def checked(names: Mapping[str, Iterable[str]]) -> dict[str, Values]:
+    """Names, and addresses or the name behind each, in one form. Raises ValueError."""
+    found: dict[str, Values] = {}
+    for text, given in names.items():
         name = one_name(text)
         try:
-            more = [str(ipaddress.ip_address(a)) for a in addresses]
+            found[name] = values((*found.get(name, ()), *given))
         except ValueError as e:
             raise ValueError(f"{text}: {e}") from None
-        found[name] = tuple(dict.fromkeys((*found.get(name, ()), *more)))
         if not found[name]:
             raise ValueError(f"{text}: no address")
     return found
@@ -69,9 +60,9 @@ class HostsBook:
     """plan_*() change nothing; commit() does, once services agreed."""
 
     def __init__(self) -> None:
-        self.names: dict[str, dict[str, Addresses]] = {}  # name: owner: addresses
+        self.names: dict[str, dict[str, Values]] = {}  # name: owner: addresses
         self.domains: dict[str, dict[str, None]] = {}  # domain: owners
-        self._mine: dict[str, dict[str, Addresses]] = {}  # owner: name: addresses
+        self._mine: dict[str, dict[str, Values]] = {}  # owner: name: addresses
         self._mine_domains: dict[str, dict[str, None]] = {}
 
     def plan_add(self, owner: str, names: Mapping[str, Iterable[str]], domains: Iterable[str]) -> Delta:
@@ -94,11 +85,17 @@ class HostsBook:
             return self._plan(owner, {}, list(mine), (), list(mine_domains))
         return self._plan(owner, {}, drop, (), disown)
 
-    def _plan(self, owner: str, want: Mapping[str, Addresses], drop: Iterable[str], own: Iterable[str],
+    def _plan(self, owner: str, want: Mapping[str, Values], drop: Iterable[str], own: Iterable[str],
               disown: Iterable[str]) -> Delta:
         mine, mine_domains = self._mine.get(owner, {}), self._mine_domains.get(owner, {})
         new = {n: a for n, a in want.items() if mine.get(n) != a}
         own = tuple(dict.fromkeys(d for d in own if d not in mine_domains))
+        gone = {n for n in drop if n not in want and len(self.names[n]) == 1}
+        for name, found in new.items():
+            try:
+                check_alias(found, lambda n: n in want or n in self.names and n not in gone)
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from None
         told = {n: _union({**self.names.get(n, {}), owner: a}) for n, a in new.items()}
         told |= {n: _union({o: a for o, a in self.names[n].items() if o != owner}) for n in drop}
         return Delta(owner=owner, set=new, drop=tuple(drop), own=own, disown=tuple(disown), told=told,
@@ -107,7 +104,7 @@ class HostsBook:
 
     def whole(self, known: Mapping[str, Iterable[str]]) -> Delta:
         """All there is, for a services that was started with the names of `known`."""
-        told: dict[str, Addresses] = {one_name(n): () for n in known}
+        told: dict[str, Values] = {one_name(n): () for n in known}
         told |= {n: _union(owners) for n, owners in self.names.items()}
         return Delta(owner="", set={}, drop=(), own=(), disown=(), told=told, told_own=tuple(self.domains),
                      told_disown=())
@@ -124,8 +121,10 @@ class HostsBook:
         _forget(self.domains, self._mine_domains, owner, delta.disown)
 
 
-def _union(owners: Mapping[str, Addresses]) -> Addresses:
-    return tuple(dict.fromkeys(a for addresses in owners.values() for a in addresses))
+def _union(owners: Mapping[str, Values]) -> Values:
+    """Addresses and an alias do not go together (RFC 1034 3.6.2)."""
+    addresses = dict.fromkeys(v for found in owners.values() if alias_of(found) is None for v in found)
+    return tuple(addresses) or next(iter(owners.values()), ())
 
 
 def _forget(table: dict[str, dict[str, _Value]], mine: dict[str, dict[str, _Value]], owner: str,

@@ -161,7 +161,8 @@ class Ask(Message, kw_only=True):
 class HostsChange(Ask, kw_only=True):
     """A part of a change of the hosts table; the whole of it happens, or nothing, at the part with `commit`."""
 
-    names: dict[str, tuple[str, ...]] = {}  # addresses instead of any the name had; none: the name goes
+    # Addresses, or one other name (an alias), instead of what the name had; none: the name goes.
+    names: dict[str, tuple[str, ...]] = {}
     own: tuple[str, ...] = ()  # domains whose unknown names do not exist (NXDOMAIN)
     disown: tuple[str, ...] = ()
     commit: bool = True

@@ -27,7 +27,7 @@ REPO = Path(__file__).resolve().parent.parent
 ALONE = frozenset({"replay", "host_script"})  # one stage in one process: knows control, and loads a stage file by name
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
 DECLARATIONS = frozenset({"topology", "units", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2", "pcapng",
-                          "vm_types"})
+                          "vm_types", "host_names"})
 COMMANDS = frozenset({"cli", "demo", "ctl", "completion", "by_hand", "capture", "explain", "postmortem", "passt",
                       "slirp4netns"})
 CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhcp_client", "listeners", "auto_forwards",
@@ -69,7 +69,7 @@ def allowed(importer: str, imported: str) -> bool:
              "alone": {"shm", "declarations", "control", "stage"}, "main": {"commands", "stage", "alone"}}
     if who.startswith("stage file"):
         return what in ("shm", "stage") or imported in ("pipeline.config", "pipeline.messages", "pipeline.proxies",
-                                                             "pipeline.units")
+                                                             "pipeline.units", "pipeline.host_names")
     return what in below[who]
 
 

@@ -57,7 +57,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     resolv_conf: str = "/etc/resolv.conf"
     search: list[str] = []  # told to the guest (option 119)
     domain: str = "ringnet.internal"  # owned: never asked upstream; told to the guest (option 15)
-    hosts: dict[str, list[str]] = {}  # name: addresses, besides host.DOMAIN and gateway.DOMAIN
+    hosts: dict[str, list[str]] = {}  # name: addresses, or one name (an alias); besides host.DOMAIN and gateway.DOMAIN
     lease_file: str = ""  # "": leases end with the session
     learn_names: bool = False  # keep the names that answers gave addresses, for egress (csrc/rn_names.h)
     lease_s: Annotated[int, Meta(ge=60, le=0xFFFFFFFE)] = 86400  # seconds; the largest 32-bit value means for ever
@@ -94,6 +94,14 @@ def counter_sink(stage: Any) -> Callable[..., None]:
     return count
 
 
+def _value(text: str) -> Address | str:
+    """An address, or the name that another is an alias of; what is possible, HostsTable says."""
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return text
+
+
 def same_user(sock: socket.socket) -> bool:
     """SO_PEERCRED (unix(7)): is the other end a process of our own user? egress is; strangers are not."""
     _, uid, _ = ffi.unpack(
@@ -125,7 +133,7 @@ class Services:
             clock=wall_clock, count=self.count, leased=self._leased)
         self.hosts = HostsTable(domain=cfg.domain, gateway=self._gateway, network=self.dhcp.config.network)
         for name, addresses in cfg.hosts.items():
-            self.hosts.set(name, [ipaddress.ip_address(a) for a in addresses])
+            self.hosts.set(name, [_value(a) for a in addresses])
         self._change: list[HostsChange] = []  # parts of one change of the hosts table, as far as they came
         self.tell: Callable[[Leased], bool] = lambda notice: True
         self._notices = False
@@ -149,10 +157,10 @@ class Services:
         if not part.commit:
             return ""
         parts, self._change = self._change, []
-        names: dict[str, list[Address]] = {}
+        names: dict[str, list[Address | str]] = {}
         try:
             for p in parts:
-                names.update((n, [ipaddress.ip_address(a) for a in found]) for n, found in p.names.items())
+                names.update((n, [_value(a) for a in found]) for n, found in p.names.items())
             self.hosts.change(names, own=[d for p in parts for d in p.own], disown=[d for p in parts for d in p.disown])
         except ValueError as err:  # DnsFormatError too
             return str(err)

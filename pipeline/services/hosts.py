@@ -6,6 +6,10 @@ domain (`--hosts db.example=10.1.1.1`) is owned alone; its neighbours are forwar
 known under the domain as well. More domains can be owned at run time. `*.DOMAIN` answers for every name below DOMAIN
 that does not exist and has no nearer ancestor that does (RFC 4592 2.2, 3.3.1); it gives no reverse name.
 
+A name has addresses, or is an alias: another name stands behind it (CNAME, RFC 1034 3.6.2). The answer has the whole
+chain and what is at its end, since a stub resolver follows none (RFC 1034 4.3.2 3a). A chain stays in the table: names
+of others are not asked for on its behalf, and an alias whose target was taken away leads to "no such name".
+
 A name that exists answers any type: with the addresses of that family for A and AAAA (ArcBox fault 35 gave an A
 record for AAAA), with no data for the rest. Time to live is short, since the table may change at any time.
 """
@@ -16,10 +20,12 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 from msgspec import Struct
 
+from pipeline.host_names import CHAIN_MAX, PRESETS, check_chain
 from pipeline.services import dns_message as dm
 from pipeline.services.dns_message import IN, Rtype
 
 Address = IPv4Address | IPv6Address
+Entry = tuple[Address, ...] | bytes  # addresses of a name; an alias: wire form of the name behind it
 
 TTL = 60  # seconds, of records from the table
 NEGATIVE_TTL = 10  # seconds, of "no such name": one just added should be seen soon
@@ -27,7 +33,7 @@ NAMES_MAX = 65536
 DOMAINS_MAX = 4096
 STAR = b"\1*"  # first label of a wildcard
 ADDRESSES_MAX = 32  # of one name: the answer stays far below 64 KiB
-PRESETS = ("gateway", "host")  # under the domain; the first is the gateway's reverse name
+ASKED = b"\xc0\x0c"  # pointer to the question: the asker's own spelling comes back
 
 
 class Answer(Struct, frozen=True):
@@ -49,7 +55,7 @@ class HostsTable:
         self._zones = {self._apex}  # owned domains
         self._gateway = gateway
         self._network = network
-        self._names: dict[bytes, tuple[Address, ...]] = {}
+        self._names: dict[bytes, Entry] = {}
         self._owner: dict[Address, list[bytes]] = {}  # names of an address, first set first
         self._inner: dict[bytes, int] = {}  # how many names lie below this one (RFC 8020: it exists, without data)
         for name in PRESETS:
@@ -58,10 +64,11 @@ class HostsTable:
 
     # --- changing it ---
 
-    def set(self, name: str, addresses: Iterable[Address]) -> None:
-        """Give a name these addresses, instead of any it had. Raises DnsFormatError for an impossible name, ValueError
-        for one of ours, for no address or too many, and if the table is full."""
-        values = tuple(addresses)
+    def set(self, name: str, values: Iterable[Address | str]) -> None:
+        """Give a name these addresses, or the one name it is an alias of, instead of what it had. Raises DnsFormatError
+        for an impossible name, ValueError for one of ours, for no address or too many, for addresses and a name or two
+        names, for aliases that lead in a circle or too far, and if the table is full."""
+        values = tuple(values)
         if not values:
             raise ValueError(f"{name}: 0 addresses; a name has 1 to {ADDRESSES_MAX}")
         self.change({name: values})
@@ -72,38 +79,60 @@ class HostsTable:
         self.change({name: ()})
         return there
 
-    def change(self, names: Mapping[str, Iterable[Address]], *, own: Iterable[str] = (),
+    def change(self, names: Mapping[str, Iterable[Address | str]], *, own: Iterable[str] = (),
                disown: Iterable[str] = ()) -> None:
-        """Give names these addresses, none: forget it; own more domains, or some no more. All of it, or, raising as
+        """Give names what set() does, none: forget it; own more domains, or some no more. All of it, or, raising as
         set(), nothing."""
-        todo: dict[bytes, tuple[Address, ...]] = {}
-        for name, addresses in names.items():
-            values = tuple(dict.fromkeys(addresses))
-            if len(values) > ADDRESSES_MAX:
-                raise ValueError(f"{name}: {len(values)} addresses; a name has 1 to {ADDRESSES_MAX}")
-            todo.update(dict.fromkeys(self._wires(name), values))
+        todo: dict[bytes, Entry] = {}
+        for name, values in names.items():
+            todo.update(dict.fromkeys(self._wires(name), self._entry(name, values)))
         zones = (self._zones - {self._domain(d) for d in disown}) | {self._domain(d) for d in own}
         if len(zones) > DOMAINS_MAX:
             raise ValueError(f"too many owned domains ({DOMAINS_MAX} at most)")
-        more = sum((bool(values) - (wire in self._names)) for wire, values in todo.items())
+        more = sum((bool(entry) - (wire in self._names)) for wire, entry in todo.items())
         if more > 0 and len(self._names) + more > NAMES_MAX:
             raise ValueError(f"the hosts table is full ({NAMES_MAX} names)")
-        self._zones = zones
-        for wire, values in todo.items():
-            self._drop(wire)
-            if values:
-                self._put(wire, values)
+        if any(isinstance(entry, bytes) for entry in todo.values()):
+            after = self._names | todo
 
-    def replace(self, hosts: Mapping[str, Iterable[Address]]) -> None:
+            def behind(name: bytes) -> bytes | None:
+                return entry if isinstance(entry := after.get(name), bytes) else None
+
+            for wire in after:  # circles by way of a wildcard show in lookup() only
+                check_chain(wire, behind, _text)
+        self._zones = zones
+        for wire, entry in todo.items():
+            self._drop(wire)
+            if entry:
+                self._put(wire, entry)
+
+    def _entry(self, name: str, values: Iterable[Address | str]) -> Entry:
+        values = tuple(dict.fromkeys(values))
+        addresses = tuple(v for v in values if not isinstance(v, str))
+        if len(addresses) > ADDRESSES_MAX:
+            raise ValueError(f"{name}: {len(addresses)} addresses; a name has 1 to {ADDRESSES_MAX}")
+        if len(addresses) == len(values):
+            return addresses
+        if len(values) > 1:  # RFC 1034 3.6.2: "no other data should be present"
+            raise ValueError(f"{name}: a name has addresses, or one other name behind it")
+        (target,) = (v for v in values if isinstance(v, str))
+        wire = dm.encode_name(target).lower()
+        if wire == b"\0" or wire.startswith(STAR):
+            raise ValueError(f"{name}: {target!r} is not a name to stand behind another")
+        if len(dm.labels_of(wire)) == 1:  # known under the domain, too, and the presets only there
+            wire = dm.encode_name(f"{target.removesuffix('.')}.{self.domain}").lower()
+        return wire
+
+    def replace(self, hosts: Mapping[str, Iterable[Address | str]]) -> None:
         """The whole table but the presets. Raises as set(); then the old table stays."""
         new = HostsTable(domain=self.domain, gateway=self._gateway, network=self._network)
-        for name, addresses in hosts.items():
-            new.set(name, addresses)
+        for name, values in hosts.items():
+            new.set(name, values)
         self._names, self._owner, self._inner = new._names, new._owner, new._inner
 
-    def names(self) -> dict[str, tuple[Address, ...]]:
-        """All of it, as text."""
-        return {b".".join(dm.labels_of(n)).decode("latin-1"): a for n, a in self._names.items()}
+    def names(self) -> dict[str, tuple[Address | str, ...]]:
+        """All of it, names as text."""
+        return {_text(n): (_text(e),) if isinstance(e, bytes) else e for n, e in self._names.items()}
 
     def _wires(self, name: str) -> list[bytes]:
         wire = dm.encode_name(name).lower()
@@ -128,18 +157,18 @@ class HostsTable:
             raise ValueError(f"{text} is ringnet's own already, for good")
         return wire
 
-    def _put(self, wire: bytes, addresses: tuple[Address, ...]) -> None:
-        self._names[wire] = addresses
-        for address in addresses if not wire.startswith(STAR) else ():
+    def _put(self, wire: bytes, entry: Entry) -> None:
+        self._names[wire] = entry
+        for address in _reversible(wire, entry):
             self._owner.setdefault(address, []).append(wire)
         for parent in list(dm.parents_of(wire))[1:]:
             self._inner[parent] = self._inner.get(parent, 0) + 1
 
     def _drop(self, wire: bytes) -> bool:
-        addresses = self._names.pop(wire, None)
-        if addresses is None:
+        entry = self._names.pop(wire, None)
+        if entry is None:
             return False
-        for address in addresses if not wire.startswith(STAR) else ():
+        for address in _reversible(wire, entry):
             self._owner[address].remove(wire)
             if not self._owner[address]:
                 del self._owner[address]
@@ -154,17 +183,38 @@ class HostsTable:
     def lookup(self, question: dm.Question) -> Answer | None:
         """Answer if the name is ours, else None: ask upstream."""
         name = question.folded
-        addresses = self._names.get(name)
-        if addresses is None and name not in self._inner:
-            addresses = self._wildcard(name)
-        if addresses is not None:
-            return self._found(question, [
-                (Rtype.A if isinstance(a, IPv4Address) else Rtype.AAAA, a.packed) for a in addresses])
+        entry = self._find(name)
+        if isinstance(entry, bytes):
+            return self._chain(question, name, entry)
+        if entry is not None:
+            return self._found(question, _records(entry))
         if (zone := self._zone(name)) is not None:
-            if name in self._inner or name == zone:
-                return self._nothing(zone, exists=True)
-            return self._nothing(zone, exists=False)
+            return self._nothing(zone, exists=name in self._inner or name == zone)
         return self._reverse(question, name)
+
+    def _find(self, name: bytes) -> Entry | None:
+        """What a name has, by itself or by a wildcard."""
+        entry = self._names.get(name)
+        return self._wildcard(name) if entry is None and name not in self._inner else entry
+
+    def _chain(self, question: dm.Question, name: bytes, target: bytes) -> Answer:
+        """An alias: each step as a CNAME record, then what the last name has of what was asked for (RFC 1034 4.3.2)."""
+        if question.rclass not in (IN, dm.ANY_CLASS):
+            return self._nothing(name, exists=True)
+        steps: list[bytes] = []
+        owner, entry = ASKED, target
+        while isinstance(entry, bytes):
+            steps.append(dm.resource(owner, Rtype.CNAME, TTL, entry))
+            if question.rtype in (Rtype.CNAME, Rtype.ANY):  # 3a: "QTYPE doesn't match CNAME" is what makes it go on
+                return Answer(dm.Rcode.NOERROR, steps, [])
+            if len(steps) > CHAIN_MAX:  # by way of a wildcard: change() saw no circle
+                return Answer(dm.Rcode.SERVFAIL, [], [])
+            owner, entry = entry, self._find(entry)
+        found = self._found(question, _records(entry or ()), owner)
+        if entry is None and owner not in self._inner:
+            # The target was taken away. RFC 6604 3: the rcode is that of the chain's last name.
+            found = self._nothing(owner, exists=owner in self._zones)
+        return Answer(found.rcode, steps + found.records, found.authority)
 
     def _zone(self, name: bytes) -> bytes | None:
         """The nearest owned domain that the name lies in."""
@@ -173,11 +223,11 @@ class HostsTable:
                 return parent
         return None
 
-    def _wildcard(self, name: bytes) -> tuple[Address, ...] | None:
-        """Addresses for a name that is not there: those of `*` below its nearest ancestor that is (RFC 4592 3.3.1)."""
+    def _wildcard(self, name: bytes) -> Entry | None:
+        """What a name has that is not there: that of `*` below its nearest ancestor that is (RFC 4592 3.3.1)."""
         for parent in list(dm.parents_of(name))[1:]:
-            if (addresses := self._names.get(STAR + parent)) is not None:
-                return addresses
+            if (entry := self._names.get(STAR + parent)) is not None:
+                return entry
             if parent in self._names or parent in self._inner or parent in self._zones:
                 return None
         return None
@@ -209,14 +259,13 @@ class HostsTable:
         values = bytes(int(o) for o in octets) + bytes(4 - len(octets))
         return IPv4Network((values, 8 * len(octets))).subnet_of(self._network)
 
-    def _found(self, question: dm.Question, records: list[tuple[int, bytes]]) -> Answer:
-        name = b"\xc0\x0c"  # pointer to the question: the asker's own spelling comes back
+    def _found(self, question: dm.Question, records: list[tuple[int, bytes]], name: bytes = ASKED) -> Answer:
         in_class = question.rclass in (IN, dm.ANY_CLASS)
         wires = [dm.resource(name, rtype, TTL, rdata) for rtype, rdata in records
                  if in_class and question.rtype in (rtype, Rtype.ANY)]
         if wires:
             return Answer(dm.Rcode.NOERROR, wires, [])
-        return self._nothing(question.folded, exists=True)
+        return self._nothing(question.folded if name == ASKED else name, exists=True)
 
     def _nothing(self, zone: bytes, *, exists: bool) -> Answer:
         """No data, or no such name, with the SOA that says for how long (RFC 2308 3). The zone is the owned
@@ -226,6 +275,19 @@ class HostsTable:
                            minimum=NEGATIVE_TTL)
         return Answer(dm.Rcode.NOERROR if exists else dm.Rcode.NXDOMAIN, [],
                       [dm.resource(zone, Rtype.SOA, NEGATIVE_TTL, soa)])
+
+
+def _text(name: bytes) -> str:
+    return b".".join(dm.labels_of(name)).decode("latin-1")
+
+
+def _records(addresses: tuple[Address, ...]) -> list[tuple[int, bytes]]:
+    return [(Rtype.A if isinstance(a, IPv4Address) else Rtype.AAAA, a.packed) for a in addresses]
+
+
+def _reversible(wire: bytes, entry: Entry) -> tuple[Address, ...]:
+    """Addresses that give a reverse name: not a wildcard's, nor those behind an alias."""
+    return () if isinstance(entry, bytes) or wire.startswith(STAR) else entry
 
 
 def _is_octet(label: bytes) -> bool:

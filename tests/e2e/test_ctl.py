@@ -283,7 +283,7 @@ def test_a_plain_users_session(plain_user: PlainUser, host_ns: Netns) -> None:
     (("forward", "rm"), "name ports, or --owner"),
     (("forward", "add", "8080x"), "expected a port"),
     (("hosts", "add", "x"), "expected NAME=IP"),
-    (("hosts", "add", "x=1.2.3"), "x: '1.2.3' does not appear to be an IPv4 or IPv6 address"),
+    (("hosts", "add", "x=1.2.3"), "x: 1.2.3: not an IP address, nor a name"),
     (("log", "loud"), "invalid choice"),
     (("close", "x"), "flow"),
     (("events", "sunrise"), "no such event"),

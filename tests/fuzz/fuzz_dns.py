@@ -24,7 +24,8 @@ _reached: Counter[str] = Counter()
 
 
 def question(rng: random.Random) -> bytes:
-    name = rng.choice(("example.com", "a.b.c.d.e.f", "db.ringnet.internal", "x.ringnet.internal", "2.2.0.10.in-addr.arpa", ""))
+    name = rng.choice(("example.com", "a.b.c.d.e.f", "db.ringnet.internal", "x.ringnet.internal", "www.example.com",
+                       "b.loop.example", "2.2.0.10.in-addr.arpa", ""))
     q = struct.pack("!HHHHHH", rng.getrandbits(16), rng.choice((0x0100, 0x0100, 0x0000, 0x0110)), 1, 0, 0, 0)
     q += (dm.encode_name(name) if name else b"\0") + struct.pack("!HH", rng.choice((1, 28, 5, 12, 15, 255, 252)), 1)
     if rng.random() < 0.4:
@@ -113,7 +114,8 @@ def one(rng: random.Random) -> None:
     loop = Loop(lambda: now[0])
     counts: Counter[str] = Counter()
     hosts = HostsTable(domain="ringnet.internal", gateway=IPv4Address("10.0.2.1"), network=IPv4Network("10.0.2.0/24"))
-    hosts.set("db", [IPv4Address("10.0.2.50")])
+    hosts.change({"db": [IPv4Address("10.0.2.50")], "sql": ["db"], "www.example.com": ["sql"],
+                  "*.loop.example": ["a.loop.example"]})
     forwarder = DnsForwarder(loop, hosts, count=lambda name, n=1: counts.update({name: n}), random_id=lambda: rng.getrandbits(16))
     far = _Far()
     answers: dict[int, list[bytes]] = {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from scapy.layers.dhcp import BOOTP, DHCP
 
-from pipeline.services.dhcp import COOKIE, DhcpConfig, DhcpServer, State, encode_search
+from pipeline.services.dhcp import COOKIE, DhcpConfig, DhcpServer, State, encode_search, parse
 
 NETWORK = IPv4Network("10.0.2.0/28")
 CONFIG = DhcpConfig(server=IPv4Address("10.0.2.1"), network=NETWORK, first=IPv4Address("10.0.2.2"),
@@ -41,6 +41,23 @@ def test_no_bytes_raise_and_every_message_is_accounted_for(messages):
             if "." in packet.yiaddr and packet.yiaddr != "0.0.0.0":
                 assert CONFIG.pool_start <= IPv4Address(packet.yiaddr) <= CONFIG.pool_end
             assert reply.dst in NETWORK or str(reply.dst) == "255.255.255.255"
+
+
+CODES = [50, 12, 54, 55, 57, 60, 61]  # with values of the length each has
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(CODES).flatmap(lambda code: st.tuples(st.just(code), st.binary(
+    min_size=(n := {50: 4, 54: 4, 57: 2}.get(code, 1)), max_size=n if code in (50, 54, 57) else 60))),
+    max_size=6, unique_by=lambda option: option[0]), st.sampled_from(["discover", "request", "decline", "release", "inform"]),
+    st.integers(0, 0xFFFFFFFF), st.binary(min_size=6, max_size=6), st.booleans())
+def test_messages_read_as_scapy_wrote_them(found, kind, xid, mac, broadcast):
+    packet = BOOTP(op=1, xid=xid, chaddr=mac, ciaddr="10.0.2.9", flags=0x8000 * broadcast) / DHCP(
+        options=[("message-type", kind), *found, "end"])
+    message = parse(bytes(packet))
+    assert (message.type.name.lower(), message.xid, message.mac, message.broadcast, str(message.ciaddr)) == (
+        kind, xid.to_bytes(4), mac, broadcast, "10.0.2.9")
+    assert {code: value for code, value in message.options.items() if code != 53} == dict(found)
 
 
 @given(st.lists(st.text(max_size=80), max_size=6))

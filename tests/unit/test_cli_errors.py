@@ -30,7 +30,7 @@ USAGE = [
     ("run -S a..b", "--search a..b"),
     ("run --hosts name", "expected NAME=IP"),
     ("run --hosts =192.0.2.1", "expected NAME=IP"),
-    ("run --hosts a=b", "not an IP address"),
+    ("run --hosts a=b", "neither an IP address nor a name that is answered here"), ("run --hosts a=1.2", "not an IP address"),
     ("run -I interface-of-19-by", "--ifname interface-of-19-by: 18 bytes long"),
     ("run --udp-max 0", "--udp-max 0: not within 1..15000"),
     ("run --config /no/such.toml", "/no/such.toml: No such file"),

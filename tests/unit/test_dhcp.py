@@ -389,6 +389,61 @@ def test_inform_from_another_network_is_dropped():
     assert lab.counts["drop_dhcp_bad"] == 2
 
 
+# --- two clients, one address; no address left ---
+
+
+def test_two_clients_that_want_one_address_get_two():
+    """RFC 2131 4.3.1: both ask for .77; the second is offered another, and is refused when it requests .77 all the same."""
+    lab, selecting = Lab(), ("server_id", str(GATEWAY))
+    first = read(lab.send("discover", ("requested_addr", "10.0.2.77")))
+    second = read(lab.send("discover", ("requested_addr", "10.0.2.77"), mac=MAC2))
+    assert (first.yiaddr, second.yiaddr) == ("10.0.2.77", "10.0.2.2")
+    stolen = read(lab.send("request", selecting, ("requested_addr", "10.0.2.77"), mac=MAC2))
+    assert stolen["message-type"] == 6
+    assert read(lab.send("request", selecting, ("requested_addr", "10.0.2.77")))["message-type"] == 5
+    assert [(str(x.address), x.mac) for x in lab.server.leases() if x.state == "bound"] == [("10.0.2.77", MAC)]
+
+
+@pytest.mark.parametrize("how", [("init reboot", {}), ("renewing", {"ciaddr": "10.0.2.2"})], ids=lambda how: how[0])
+def test_of_two_clients_that_both_think_an_address_is_theirs_one_keeps_it(how):
+    """RFC 2131 4.3.2. A guest that was cloned with its lease: the copy has another MAC and the same memory."""
+    lab = Lab()
+    assert lab.lease() == "10.0.2.2"
+    wish = () if how[1] else (("requested_addr", "10.0.2.2"),)
+    nak = read(lab.send("request", *wish, mac=MAC2, src="10.0.2.2", **how[1]))
+    assert nak["message-type"] == 6 and nak.reply.dst_mac == BROADCAST_MAC  # table 4: the clone has no address now
+    assert read(lab.send("request", *wish, src="10.0.2.2", **how[1]))["message-type"] == 5
+    assert [x.mac for x in lab.server.leases()] == [MAC]
+
+
+def test_a_pool_of_leases_is_exhausted_for_newcomers_only():
+    """RFC 2131 4.3.1: silence and a counter for DISCOVER, a refusal for REQUEST; who has a lease renews;
+    what ends is given out again."""
+    lab = Lab(pool_end=IPv4Address("10.0.2.4"))
+    macs = [bytes([2, 0, 0, 0, 0, n]) for n in range(3)]
+    held = [lab.lease(mac) for mac in macs]
+    assert lab.send("discover", mac=MAC) == [] and lab.counts["drop_dhcp_no_address"] == 1
+    assert read(lab.send("request", ("requested_addr", held[0]), mac=MAC))["message-type"] == 6
+    lab.clock.now += 86000
+    assert all(read(lab.send("request", ciaddr=ip, mac=m))["message-type"] == 5 for m, ip in zip(macs[:2], held))
+    assert lab.send("discover", mac=MAC) == []
+    lab.clock.now += 500  # the one that did not renew ran out
+    assert lab.lease(MAC) == held[2]
+    assert lab.send("discover", mac=macs[2]) == [] and len(lab.server.leases()) == 3
+
+
+def test_a_pool_that_was_declined_whole_is_exhausted_until_the_quarantine_ends():
+    """RFC 2131 4.3.3."""
+    lab = Lab(pool_end=IPv4Address("10.0.2.3"), quarantine_s=600)
+    for _ in range(2):
+        lab.send("decline", ("server_id", str(GATEWAY)), ("requested_addr", lab.lease()))
+    assert lab.send("discover") == [] == lab.send("discover", ("requested_addr", "10.0.2.3"), mac=MAC2)
+    assert read(lab.send("request", ("requested_addr", "10.0.2.2")))["message-type"] == 6
+    assert lab.counts["drop_dhcp_no_address"] == 2
+    lab.clock.now += 601
+    assert lab.lease() == "10.0.2.2"
+
+
 # --- options ---
 
 
@@ -438,6 +493,45 @@ def test_overloaded_and_split_options_are_read():
     packet += b"\x63\x82\x53\x63\x34\x01\x03\xff"
     message = parse(bytes(packet))
     assert message.type == 1 and message.options[61] == b"ABCD"
+
+
+FILE, SNAME = slice(108, 236), slice(44, 108)
+
+
+def overloaded(value: int, options: bytes, file: bytes = b"", sname: bytes = b"") -> bytes:
+    packet = bytearray(bytes(BOOTP(op=1, chaddr=MAC))[:236])
+    packet[FILE], packet[SNAME] = file.ljust(128, b"\0"), sname.ljust(64, b"\0")
+    return bytes(packet) + b"\x63\x82\x53\x63" + b"\x34\x01" + bytes([value]) + options
+
+
+WISH = b"\x32\x04" + IPv4Address("10.0.2.44").packed
+OVERLOADS = {
+    "type in file": (overloaded(1, b"\xff", file=b"\x35\x01\x01\xff"), "10.0.2.2"),
+    "wish in sname": (overloaded(2, b"\x35\x01\x01\xff", sname=WISH + b"\xff"), "10.0.2.44"),
+    "in both": (overloaded(3, b"\xff", b"\x35\x01\x01\xff", WISH + b"\xff"), "10.0.2.44"),
+    "not announced, so a file name": (overloaded(2, b"\x35\x01\x01\xff", file=WISH + b"\xff"), "10.0.2.2"),
+    "a value without meaning": (overloaded(0, b"\x35\x01\x01\xff", WISH, WISH), "10.0.2.2"),
+    # RFC 2132 9.3: the option stands in the options field; what it says within file is nobody's word.
+    "announced in file only": (overloaded(1, b"\x35\x01\x01\xff", b"\x34\x01\x03\xff", WISH), "10.0.2.2"),
+    "behind the end of file": (overloaded(1, b"\x35\x01\x01\xff", b"\xff" + WISH), "10.0.2.2"),
+    "half in file, half in sname": (overloaded(3, b"\x35\x01\x01\xff", b"\x32\x02\x0a\x00\xff", b"\x32\x02\x02\x2c\xff"),
+                                    "10.0.2.44"),  # RFC 3396 5, in that order
+    "no end anywhere": (overloaded(3, b"\x35\x01\x01", b"", WISH), "10.0.2.44"),
+    "past the end of sname": (overloaded(2, b"\x35\x01\x01\xff", sname=bytes(60) + b"\x32\x04\x0a\x00"), None),
+    "length cut off by the end of file": (overloaded(1, b"\x35\x01\x01\xff", file=bytes(127) + b"\x32"), None),
+}
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_option_overload(name):
+    """RFC 2132 9.3, RFC 2131 4.1: what is offered shows what was read; None: malformed, dropped and counted."""
+    packet, offered = OVERLOADS[name]
+    lab = Lab()
+    replies = lab.server.handle(packet, MAC)
+    assert (read(replies).yiaddr if replies else None) == offered
+    assert lab.counts["drop_dhcp_bad"] == (offered is None)
+    if replies:
+        assert replies[0].payload[FILE] == bytes(128) and replies[0].payload[SNAME] == bytes(64)  # ours need no overload
 
 
 # --- what is not DHCP ---

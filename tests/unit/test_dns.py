@@ -215,6 +215,14 @@ def test_letter_case_of_the_question_is_kept_both_ways(lab):
     assert got.question[0].name.to_text() == lab.reply().question[0].name.to_text() == "wWw.ExAmPlE."
 
 
+def looped(query: dns.message.Message, target: Callable[[int], int], labels: bytes = b"") -> bytes:
+    """A reply that is right but for the owner of its one record: `labels`, then a pointer to target(where it stands)."""
+    wire = made(query).to_wire()
+    pointer = struct.pack("!H", 0xC000 | target(len(wire) + len(labels)) & 0x3FFF)
+    record = labels + pointer + struct.pack("!HHIH", 1, 1, 60, 4) + b"\6\6\6\6"
+    return wire[:6] + b"\0\1" + wire[8:] + record
+
+
 FORGERIES: dict[str, Callable[[dns.message.Message], bytes]] = {
     "another id": lambda q: struct.pack("!H", q.id ^ 1) + made(q, "6.6.6.6").to_wire()[2:],
     "another name": lambda q: struct.pack("!H", q.id) + made(query("evil.example."), "6.6.6.6").to_wire()[2:],
@@ -224,6 +232,11 @@ FORGERIES: dict[str, Callable[[dns.message.Message], bytes]] = {
     "a query": lambda q: q.to_wire(),
     "another opcode": lambda q: b"%b\xa8%b" % (q.to_wire()[:2], made(q).to_wire()[3:]),
     "no question, no error": lambda q: struct.pack("!6H", q.id, 0x8180, 0, 0, 0, 0),
+    "an owner that points to itself": lambda q: looped(q, lambda at: at),
+    "an owner that points forward": lambda q: looped(q, lambda at: at + 16),
+    "two pointers in a circle": lambda q: looped(q, lambda at: at - 2, b"\1x"),
+    "a pointer into the header": lambda q: looped(q, lambda at: 4),
+    "a pointer past the end": lambda q: looped(q, lambda at: 0x3FFF),
     "cut": lambda q: made(q, "6.6.6.6").to_wire()[:-1],
     "short": lambda q: q.to_wire()[:11],
     "empty": lambda q: b"",
@@ -232,6 +245,7 @@ FORGERIES: dict[str, Callable[[dns.message.Message], bytes]] = {
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_replies_that_do_not_match_are_dropped_and_the_true_one_is_taken(lab, name):
+    """RFC 5452 9.1, RFC 1035 4.1.4: wrong id or question, and names whose compression leads in a circle."""
     server = lab.server()
     lab.use(server)
     lab.ask(query())
@@ -251,6 +265,20 @@ def test_fault_36_a_reply_from_another_address_never_arrives(lab):
     stranger.send(made(query(), "6.6.6.6"))
     assert lab.loop.step(0) == 0  # the kernel dropped it: our socket is connected
     assert lab.replies == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.2", "127.0.0.1"], ids=["address", "port"])
+def test_a_perfect_reply_from_the_wrong_source_is_not_taken(lab, address):
+    """RFC 5452 9.1: right id, right question, sent to the right port; only where it comes from is wrong."""
+    server, stranger = lab.server(), lab.server(address)
+    lab.use(server)
+    lab.ask(query())
+    got = server.receive()
+    stranger.peer = server.peer
+    stranger.send(made(got, "6.6.6.6"))
+    assert lab.loop.step(0) == 0 and lab.replies == []
+    server.send(made(got, "192.0.2.1"))
+    assert lab.reply().answer[0][0].to_text() == "192.0.2.1"
 
 
 def test_a_flood_of_forgeries_does_not_starve_the_loop(lab):
@@ -548,6 +576,8 @@ MALFORMED = {
     "question cut": HEAD + b"\x01a\x00\x00\x01\x00",
     "name cut": HEAD + b"\x05abc",
     "pointer to itself": HEAD + b"\xc0\x0c\x00\x01\x00\x01",
+    "two pointers in a circle": HEAD + b"\x01a\xc0\x0c\x00\x01\x00\x01",
+    "pointer forward": HEAD + b"\xc0\x12\x00\x01\x00\x01\x01a\x00",
     "pointer into the header": HEAD + b"\xc0\x00\x00\x01\x00\x01",
     "label type 1": HEAD + b"\x41a\x00\x00\x01\x00\x01",
     "name of 256 bytes": HEAD + b"\x3fx".ljust(64, b"x") * 4 + b"\x00\x00\x01\x00\x01",
@@ -562,6 +592,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_queries_are_formerr(lab, name):
+    """RFC 1035 4.1.1."""
     assert lab.ask(MALFORMED[name]) is True
     (reply,) = lab.replies
     assert dm.parse(reply).rcode == dns.rcode.FORMERR and reply[:2] == MALFORMED[name][:2]
@@ -607,6 +638,30 @@ def test_queries_under_way_are_bounded(labs):
     server.answer("192.0.2.1")
     lab.reply()
     assert lab.ask(query("n9.example.")) is True
+
+
+def test_200_queries_under_way_each_get_their_own_answer(lab):
+    """RFC 5452 9.2: a socket and an id each. Answered in another order; two of the guest's ports use the same ids."""
+    a, b = lab.server(), lab.server()
+    lab.use(a, b)
+    got: dict[tuple[int, int], bytes] = {}
+    for n in range(200):
+        wire = query(f"n{n}.example.", id=n % 100).to_wire()
+        assert lab.dns.query(wire, lambda reply, n=n: got.__setitem__((n // 100, n % 100), reply), who=n // 100)
+    assert lab.dns.under_way == 200
+    asked = []
+    for _ in range(200):
+        asked.append((a.receive(), a.peer))
+    assert len({peer for _, peer in asked}) == 200  # a socket each
+    for q, a.peer in asked[::-1]:
+        a.send(made(q, f"192.0.2.{int(q.question[0].name.to_text()[1:].partition('.')[0])}"))
+    lab.wait(lambda: len(got) == 200)
+    for (who, ident), wire in got.items():
+        reply = dns.message.from_wire(wire)
+        n = who * 100 + ident
+        assert (reply.id, reply.question[0].name.to_text(), reply.answer[0][0].to_text()) == (
+            ident, f"n{n}.example.", f"192.0.2.{n}")
+    assert lab.dns.under_way == 0 and not b.asked() and lab.counts["drop_dns_limit"] == 0
 
 
 def test_equal_queries_wait_for_one_reply(lab):
