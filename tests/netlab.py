@@ -380,6 +380,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# What a data plane built with the sanitizers needs to be loaded (tests/sanitize): an environment made anew has it, too.
+SANITIZERS = ("LD_PRELOAD", "PYTHONMALLOC", "ASAN_OPTIONS", "UBSAN_OPTIONS")
+
+
 class PlainUser:
     """Runs commands as a user without rights, in a private mount namespace.
 
@@ -411,9 +415,10 @@ class PlainUser:
                       "chmod 0666 /dev/net/tun"]
         setup += [before] if before else []
         setup += [f"cd {self.MOUNT}"]  # where the test stands may be hidden here
+        sanitizers = [f"{name}={shlex.quote(os.environ[name])}" for name in SANITIZERS if name in os.environ]
         setup += [f"exec setpriv --reuid {self.uid} --regid {self.uid} --clear-groups --inh-caps=-all --reset-env "
                   f"env PYTHONPATH={self.MOUNT}/site PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin HOME=/tmp "
-                  f"RINGNET_TEST_CHILD={os.environ.get('RINGNET_TEST_CHILD', '')} LC_ALL=C.UTF-8 \"$@\""]
+                  f"RINGNET_TEST_CHILD={os.environ.get('RINGNET_TEST_CHILD', '')} LC_ALL=C.UTF-8 {' '.join(sanitizers)} \"$@\""]
         return ["unshare", "--mount", "sh", "-c", "\n".join(setup), "plain-user", *map(os.fspath, argv)]
 
     def ringnet(self, *args: str, tun: bool = True, before: str = "") -> list[str]:

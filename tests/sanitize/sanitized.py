@@ -27,9 +27,10 @@ SHORT = ("tests/wire/test_tcp.py", "tests/unit/test_egress_flows.py", "tests/uni
          "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[65520-auto]", "tests/e2e/test_tcp_edges.py::test_reset_by_the_host",
          "tests/e2e/test_udp.py::test_echo_at_a_small_mtu", "tests/e2e/test_forwards.py::test_udp_echo_of_every_size",
          "tests/e2e/test_dns.py::test_dig_asks_the_upstream")
-# Not test_stage_loop.py: it builds its program with sanitizers of its own.
+# Not test_stage_loop.py: it builds its program with sanitizers of its own. Nor test_bench.py, which measures: its programs are
+# linked with the data plane's objects, without the runtime.
 LONG = ("tests/unit", "tests/property", "tests/wire", "tests/conformance", "tests/faults", "tests/e2e",
-        "--ignore=tests/unit/test_stage_loop.py")
+        "--ignore=tests/unit/test_stage_loop.py", "--ignore=tests/e2e/test_bench.py")
 
 
 def prepare(tree: Path) -> None:
