@@ -9,6 +9,8 @@
 
 #include <string.h>
 
+#include "rn_proto.h"
+
 typedef uint64_t lanes __attribute__((vector_size(16)));
 
 /* End-around carry (RFC 1071 1). */
@@ -96,6 +98,16 @@ uint64_t rn_csum_pseudo4(const uint8_t src[4], const uint8_t dst[4], uint8_t pro
 	pseudo[14] = (uint8_t)(len >> 8);
 	pseudo[15] = (uint8_t)len;
 	return rn_csum_add(0, pseudo, sizeof(pseudo));
+}
+
+/* RFC 8200 8.1: source, destination, length, zero, next header. */
+uint64_t rn_csum_pseudo(const uint8_t *ip, uint8_t proto, uint32_t len)
+{
+	uint8_t tail[8] = { (uint8_t)(len >> 24), (uint8_t)(len >> 16), (uint8_t)(len >> 8), (uint8_t)len, 0, 0, 0, proto };
+
+	if (ip[0] >> 4 == 4)
+		return rn_csum_pseudo4(ip + RN_IP4_SRC, ip + RN_IP4_DST, proto, len);
+	return rn_csum_add(rn_csum_add(0, ip + RN_IP6_SRC, 32), tail, sizeof(tail));
 }
 
 /* RFC 791 3.1: over the header with the field itself zero. */

@@ -15,6 +15,10 @@ uint16_t rn_csum_fold(uint64_t sum);
 /* Pseudo-header sum (RFC 9293 3.1, RFC 768): IPv4 addresses as on the wire, @len in host order. */
 uint64_t rn_csum_pseudo4(const uint8_t src[4], const uint8_t dst[4], uint8_t proto, uint32_t len);
 
+/* The same of a packet that begins with the IP header @ip, of either version (RFC 8200 8.1): the caller looked that it is
+ * there. */
+uint64_t rn_csum_pseudo(const uint8_t *ip, uint8_t proto, uint32_t len);
+
 /* Write the IPv4 header checksum of the @hlen-byte header at @ip. */
 void rn_csum_ip4(uint8_t *ip, uint32_t hlen);
 

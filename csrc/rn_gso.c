@@ -12,10 +12,6 @@
 #include "rn_csum.h"
 #include "rn_proto.h"
 
-#define IP6_HLEN 40u /* RFC 8200 3 */
-#define IP6_LEN 4
-#define IP6_NEXT 6
-#define IP6_SRC 8
 #define TH_CWR 0x80u /* RFC 3168 6.1 */
 
 /* Where the transport header of a frame to be cut must be, by the frame itself; 0: not that kind of frame. */
@@ -31,7 +27,7 @@ static uint32_t l4_of(const struct rn_gso *g, uint8_t proto)
 			return 0;
 		return RN_ETH_HLEN + hlen;
 	case 6: /* no extension headers: nothing of ours writes them */
-		return ip[0] >> 4 == 6 && ip[IP6_NEXT] == proto ? RN_ETH_HLEN + IP6_HLEN : 0;
+		return ip[0] >> 4 == 6 && ip[RN_IP6_NEXT] == proto ? RN_ETH_HLEN + RN_IP6_HLEN : 0;
 	}
 	return 0;
 }
@@ -83,14 +79,13 @@ int rn_gso_begin(struct rn_gso *g, const uint8_t *vnet_then_frame, uint32_t len)
 	return g->nsegs > RN_GSO_SEGS_MAX ? -EMSGSIZE : (int)g->nsegs;
 }
 
-/* The sum of the pseudo-header of a segment with @l4len bytes from its transport header (RFC 9293 3.1, RFC 8200 8.1). */
-static uint64_t pseudo(const uint8_t *ip, uint8_t proto, uint32_t l4len)
+int rn_gso_whole(struct rn_gso *g)
 {
-	uint8_t tail[8] = { 0, 0, (uint8_t)(l4len >> 8), (uint8_t)l4len, 0, 0, 0, proto };
-
-	if (ip[0] >> 4 == 4)
-		return rn_csum_pseudo4(ip + RN_IP4_SRC, ip + RN_IP4_DST, proto, l4len);
-	return rn_csum_add(rn_csum_add(0, ip + IP6_SRC, 32), tail, sizeof(tail));
+	if (g->type != RN_VNET_GSO_TCPV4 && g->type != RN_VNET_GSO_TCPV6)
+		return 0;
+	g->mss = g->len - g->hlen;
+	g->nsegs = 1;
+	return 1;
 }
 
 /* Lengths, identification, sequence number and flags of the segment that begins at g->at; returns the sum of its
@@ -105,18 +100,18 @@ static uint64_t cut(const struct rn_gso *g, uint8_t *head, uint32_t n, int last)
 		rn_put16(ip + RN_IP4_ID, (uint16_t)(rn_get16(ip + RN_IP4_ID) + g->done));
 		rn_csum_ip4(ip, g->l4 - RN_ETH_HLEN);
 	} else {
-		rn_put16(ip + IP6_LEN, (uint16_t)l4len);
+		rn_put16(ip + RN_IP6_LEN, (uint16_t)l4len);
 	}
 	if (g->type == RN_VNET_GSO_UDP_L4) {
 		rn_put16(l4 + RN_UDP_LEN, (uint16_t)l4len);
-		return pseudo(ip, RN_IPPROTO_UDP, l4len);
+		return rn_csum_pseudo(ip, RN_IPPROTO_UDP, l4len);
 	}
 	rn_put32(l4 + RN_TCP_SEQ, rn_get32(l4 + RN_TCP_SEQ) + g->at);
 	if (!last)
 		l4[RN_TCP_FLAGS] &= (uint8_t)~(RN_TH_FIN | RN_TH_PSH);
 	if (g->done)
 		l4[RN_TCP_FLAGS] &= (uint8_t)~TH_CWR; /* RFC 3168 6.1.2: the first new segment says it */
-	return pseudo(ip, RN_IPPROTO_TCP, l4len);
+	return rn_csum_pseudo(ip, RN_IPPROTO_TCP, l4len);
 }
 
 void rn_gso_next(struct rn_gso *g, uint8_t *head, const uint8_t **payload, uint32_t *n)

@@ -28,6 +28,9 @@ struct rn_gso {
  * RN_GSO_SEGS_MAX. */
 int rn_gso_begin(struct rn_gso *g, const uint8_t *vnet_then_frame, uint32_t len);
 
+/* Do not cut it after all: one frame, with its checksum done. Returns 1 if it is TCP; else nothing changes. */
+int rn_gso_whole(struct rn_gso *g);
+
 /* The next frame: g->hlen bytes are written to @head (RN_GSO_HEAD_MAX at most), *@payload and *@n say what follows
  * them. Call it as often as rn_gso_begin() said. */
 void rn_gso_next(struct rn_gso *g, uint8_t *head, const uint8_t **payload, uint32_t *n);

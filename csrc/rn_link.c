@@ -2,7 +2,8 @@
  *
  * A frame buffer has its 12-byte virtio-net header right in front of the Ethernet header (rn_arena.h), so
  * that a link with headers moves both with one read() or write() and no iovec. A link without them moves
- * the frame alone, and the reader finds a header of zeros: "checksums complete, no segmentation".
+ * the frame alone, and the reader finds a header of zeros: "checksums complete, no segmentation"; or, where the peer took
+ * it off, what it may have said.
  *
  * Datagrams are read one a system call where each is a frame of its own: recvmmsg() into slots, 32 at once, was measured to
  * take 1.55 against 1.63 us a frame of 60 bytes, but 1.95 against 1.80 at 1500, because the frame is then copied once more to
@@ -29,7 +30,7 @@
 
 static int in_bursts(const struct rn_link *l)
 {
-	return l->kind == RN_LINK_DGRAM && l->merge && !l->vnet && l->frame_max <= RN_LINK_BURST_FRAME;
+	return l->kind == RN_LINK_DGRAM && l->merge && !l->vnet && !l->unfinished && l->frame_max <= RN_LINK_BURST_FRAME;
 }
 
 int rn_link_open(struct rn_link *l)
@@ -112,7 +113,7 @@ int64_t rn_link_read(const struct rn_link *l, uint8_t *vnet_then_frame, uint32_t
 	if ((uint64_t)n > max - skip)
 		return -EMSGSIZE;
 	if (!l->vnet) {
-		memset(vnet_then_frame, 0, RN_VNET_HLEN);
+		rn_link_head(l, vnet_then_frame, (uint32_t)n);
 		return n;
 	}
 	if (n <= (ssize_t)RN_VNET_HLEN)

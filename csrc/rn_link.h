@@ -10,7 +10,8 @@
  * given to the kernel goes out by rn_link_flush(), which a writer calls at the end of each turn.
  *
  * A link without virtio-net headers still takes frames that have them: checksums are completed and segments cut while
- * they are written (rn_gso.h). A frame is taken whole or not at all, whatever becomes of its segments.
+ * they are written (rn_gso.h); or only the former, for a peer that takes super-frames all the same. What such a peer sends gets
+ * the header back that it lost (rn_unfinished.h). A frame is taken whole or not at all, whatever becomes of its segments.
  */
 #ifndef RN_LINK_H
 #define RN_LINK_H
@@ -30,6 +31,9 @@ struct rn_link {
 	int kind;	 /* enum rn_link_kind */
 	int vnet;	 /* 1: 12-byte virtio-net header on every frame */
 	uint32_t frame_max; /* largest Ethernet frame either way, bytes */
+	uint32_t unfinished; /* not 0: the peer's frames may lack the header that they had (rn_unfinished.h). By it they are told
+			      * from frames of this MTU, bytes of IP */
+	int whole;	 /* 1: such a peer takes super-frames of TCP as they are, their checksum done; 0: they are cut */
 	int merge;	 /* 1: a reader may be given super-frames made of TCP segments that came together (sockets without headers) */
 	struct rn_link_state *state; /* from rn_link_open(). NULL is enough for plain frames on a tap or datagram link */
 };
@@ -44,7 +48,7 @@ int rn_link_atomic(const struct rn_link *l);
 
 /* Read one frame into @buf, whose first RN_VNET_HLEN bytes take the header (zeroed if the link has none).
  * @cap: bytes at @buf, more than header + limit; the limit is frame_max, on a link with headers at least
- * RN_FRAME_MAX (super-frames; the caller holds the others to frame_max), and so if segments may be merged.
+ * RN_FRAME_MAX (super-frames; the caller holds the others to frame_max), and so if segments may be merged or frames be unfinished.
  * Returns frame bytes (header not counted), 0 on EOF (socket closed by the peer), -EAGAIN, -EMSGSIZE
  * (longer than the limit; it is gone), -EBADMSG (empty, or shorter than its virtio-net header; gone), -EPROTO (stream:
  * a length no frame has, so that nobody knows where the next one begins), -ENODATA (stream: ended inside a frame), or

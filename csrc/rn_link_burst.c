@@ -87,7 +87,7 @@ int64_t rn_link_burst_read(const struct rn_link *l, uint8_t *vnet_then_frame)
 		return 0;
 	if (n > l->frame_max)
 		return -EMSGSIZE;
-	memset(vnet_then_frame, 0, RN_VNET_HLEN);
 	memcpy(vnet_then_frame + RN_VNET_HLEN, st->in + i * slot_size(l), n);
+	rn_link_head(l, vnet_then_frame, n);
 	return merge(l, vnet_then_frame, n);
 }

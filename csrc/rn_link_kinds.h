@@ -5,6 +5,7 @@
 #include "rn_gso.h"
 #include "rn_link.h"
 #include "rn_proto.h"
+#include "rn_unfinished.h"
 
 #define RN_LINK_IN (256u * 1024) /* bytes of a stream read at once */
 /* Records held: below this much a stream takes small frames without a system call, */
@@ -54,7 +55,31 @@ static inline void rn_link_hold(struct rn_link_state *st, const uint8_t *head, u
 /* How much a read may bring: frame_max, or any super-frame (virtio 1.2 5.1.6.2). */
 static inline uint32_t rn_link_read_limit(const struct rn_link *l)
 {
-	return (l->vnet || l->merge) && l->frame_max < RN_FRAME_MAX ? RN_FRAME_MAX : l->frame_max;
+	return (l->vnet || l->merge || l->unfinished) && l->frame_max < RN_FRAME_MAX ? RN_FRAME_MAX : l->frame_max;
+}
+
+/* The header of a frame that was read without one. */
+static inline void rn_link_head(const struct rn_link *l, uint8_t *vnet_then_frame, uint32_t len)
+{
+	if (l->unfinished)
+		rn_unfinished_mark(vnet_then_frame, len, l->unfinished);
+	else
+		memset(vnet_then_frame, 0, RN_VNET_HLEN);
+}
+
+/* What a frame to be finished becomes on this link; as rn_gso_begin(), and -EMSGSIZE: of more than the link carries. */
+static inline int rn_link_finish(const struct rn_link *l, struct rn_gso *g, const uint8_t *vnet_then_frame, uint32_t len)
+{
+	int segs = rn_gso_begin(g, vnet_then_frame, len);
+	uint32_t max = l->frame_max;
+
+	if (segs < 0)
+		return segs;
+	if (l->whole && rn_gso_whole(g)) {
+		segs = 1;
+		max = RN_FRAME_MAX;
+	}
+	return g->hlen + (g->nsegs > 1 ? g->mss : len - g->hlen) > max ? -EMSGSIZE : segs;
 }
 
 /* rn_link_burst.c: as rn_link_read(), but 0 may be an empty datagram. */

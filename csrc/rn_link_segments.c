@@ -27,12 +27,10 @@ int rn_link_segments_write(const struct rn_link *l, const uint8_t *vnet_then_fra
 	struct iovec iov[BATCH][2];
 	struct mmsghdr m[BATCH];
 	struct rn_gso g;
-	int segs = rn_gso_begin(&g, vnet_then_frame, len), full = 0;
+	int segs = rn_link_finish(l, &g, vnet_then_frame, len), full = 0;
 
 	if (segs < 0)
 		return segs;
-	if (g.hlen + (g.nsegs > 1 ? g.mss : len - g.hlen) > l->frame_max)
-		return -EMSGSIZE;
 	if (l->kind != RN_LINK_DGRAM || !l->state)
 		return -EINVAL; /* a tap always has headers */
 	for (int at = 0; at < segs; at += BATCH) {

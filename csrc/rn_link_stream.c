@@ -85,7 +85,7 @@ static uint32_t merge(const struct rn_link *l, uint8_t *vnet_then_frame, uint32_
 
 int64_t rn_link_stream_read(const struct rn_link *l, uint8_t *vnet_then_frame)
 {
-	uint32_t header = l->vnet ? RN_VNET_HLEN : 0, max = header ? header + rn_link_read_limit(l) : l->frame_max;
+	uint32_t header = l->vnet ? RN_VNET_HLEN : 0, max = header || l->unfinished ? header + rn_link_read_limit(l) : l->frame_max;
 	struct rn_link_state *st = l->state;
 
 	if (!st)
@@ -115,9 +115,9 @@ int64_t rn_link_stream_read(const struct rn_link *l, uint8_t *vnet_then_frame)
 			if (have - RN_LINK_LEN >= n) {
 				const uint8_t *at = st->in + st->in_at + RN_LINK_LEN;
 
-				if (!header)
-					memset(vnet_then_frame, 0, RN_VNET_HLEN);
 				memcpy(vnet_then_frame + RN_VNET_HLEN - header, at, n);
+				if (!header)
+					rn_link_head(l, vnet_then_frame, n);
 				have = l->merge && !header ? merge(l, vnet_then_frame, n) : n - header;
 				st->in_at += RN_LINK_LEN + n;
 				return have;
@@ -192,12 +192,10 @@ static int write_segments(const struct rn_link *l, const uint8_t *vnet_then_fram
 	uint8_t heads[BATCH][RN_LINK_LEN + RN_GSO_HEAD_MAX];
 	struct iovec iov[1 + 2 * BATCH];
 	struct rn_gso g;
-	int segs = rn_gso_begin(&g, vnet_then_frame, len);
+	int segs = rn_link_finish(l, &g, vnet_then_frame, len);
 
 	if (segs < 0)
 		return segs;
-	if (g.hlen + (g.nsegs > 1 ? g.mss : len - g.hlen) > l->frame_max)
-		return -EMSGSIZE;
 	for (int at = 0; at < segs; at += BATCH) {
 		uint32_t n = (uint32_t)(segs - at < BATCH ? segs - at : BATCH);
 		int err;

@@ -53,6 +53,12 @@ static inline void rn_put32(uint8_t *p, uint32_t v)
 #define RN_IPPROTO_TCP 6u
 #define RN_IPPROTO_UDP 17u
 
+/* IPv6 (RFC 8200 3) */
+#define RN_IP6_HLEN 40u
+#define RN_IP6_LEN 4 /* of what is behind the header */
+#define RN_IP6_NEXT 6
+#define RN_IP6_SRC 8 /* and the destination behind it */
+
 /* TCP (RFC 9293 3.1) */
 #define RN_TCP_HLEN 20u
 #define RN_TCP_SPORT 0

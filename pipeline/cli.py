@@ -154,6 +154,8 @@ def parser() -> Parser:
     vm.add_argument("-1", "--one-off", action="store_true", help="end with the first machine")
     vm.add_argument("--vnet-hdr", action="store_true",
                     help="each frame on the socket has a 12-byte virtio-net header, and offloads")
+    vm.add_argument("--offloading", action="store_true",
+                    help="frames have no such header but offloads all the same, as of libkrun and krunkit with offloading=on")
     vm.add_argument("--ready-fd", metavar="N", help="write 1 to this descriptor when a machine may come, then close it")
     vm.add_argument("--exit-fd", metavar="N", help="end when this descriptor is readable or closed by its peer")
     add_settings(vm)
@@ -205,7 +207,7 @@ def main(argv: list[str]) -> int:
         if args.command == "vm":
             options = VmOptions(type=args.type, socket=args.socket, fd=descriptor("fd", args.fd, "vm"),
                                 nic2_fd=descriptor("nic2-fd", args.nic2_fd, "vm"), nic2_socket=args.nic2_socket,
-                                one_off=args.one_off, vnet_hdr=args.vnet_hdr,
+                                one_off=args.one_off, vnet_hdr=args.vnet_hdr, offloading=args.offloading,
                                 ready_fd=descriptor("ready-fd", args.ready_fd, "vm"),
                                 exit_fd=descriptor("exit-fd", args.exit_fd, "vm"))
             from pipeline.vm import vm

@@ -561,17 +561,20 @@ class SecondNic(Struct, frozen=True, kw_only=True):
 
     facts: nic2.Facts
     guest_kind: str  # of link
-    guest_vnet: bool  # it has virtio-net headers
+    guest_vnet: bool  # it has virtio-net headers,
+    guest_unfinished: bool = False  # or may have had some,
+    guest_whole: bool = False  # and takes super-frames all the same
     host_kind: str
     host_vnet: bool
     storm: int
     row: int  # vmnet's
 
 
-def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = "", second: SecondNic | None = None,
-                  uso: bool = False) -> dict[str, dict[str, Any]]:
+def stage_configs(s: Settings, *, link_kind: str, vnet: bool, unfinished: bool = False, whole: bool = False, dns_path: str = "",
+                  second: SecondNic | None = None, uso: bool = False) -> dict[str, dict[str, Any]]:
     """The stages' configurations by stage name, ready to be encoded. dns_path: abstract Unix address (without the
-    leading NUL) of services' DNS over TCP. uso: the link takes UDP super-frames. Raises ConfigError if a proxy's name has no address."""
+    leading NUL) of services' DNS over TCP. unfinished, whole, uso: the link's frames may lack the virtio-net header they had; it
+    takes super-frames of TCP without one; of UDP. Raises ConfigError if a proxy's name has no address."""
     net = s.network
     first, last = pool(s)
     try:
@@ -587,8 +590,9 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     direct = not s.pcap and not {"guest_rx", "egress"} & bad
     made: dict[str, dict[str, Any]] = {
         "guest_tx": {**link, "subnet": str(net), "direct": direct,
+                     **({"unfinished": s.mtu, "frame_max": FRAME_MAX} if unfinished else {}),
                      "bypass": not {"guest_tx", "classify"} & bad},
-        "guest_rx": {**link, "uso": uso and s.offloads},
+        "guest_rx": {**link, "whole": whole and s.offloads, "uso": uso and s.offloads},
         "classify": {**seat, "netmask": net.prefixlen, "subnet": str(net)},
         "egress": {**seat, "offload": s.offloads, "host_loopback": not s.no_host_loopback, "peek": s.peek,
                    "guest4": s.address, "prefix": net.prefixlen, "forward_as_gateway": s.forward_as_gateway,
@@ -604,8 +608,8 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, dns_path: str = ""
     if second is not None:
         largest = nic2.frame_max(second.facts)
         link2 = {"link_kind": second.guest_kind, "vnet": second.guest_vnet, "frame_max": largest}
-        made["guest_tx"]["nic2"] = link2
-        made["guest_rx"]["nic2"] = link2 | {"producer": second.row}
+        made["guest_tx"]["nic2"] = link2 | {"unfinished": second.facts.mtu if second.guest_unfinished else 0}
+        made["guest_rx"]["nic2"] = link2 | {"producer": second.row, "whole": second.guest_whole}
         made["vmnet"] = {"link_kind": second.host_kind, "vnet": second.host_vnet, "frame_max": largest,
                          "storm": second.storm}
     return {name: {"type": name, **c} for name, c in made.items()}

@@ -25,6 +25,7 @@ class Nic2Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     link_kind: LinkKind
     vnet: bool
     frame_max: int
+    whole: bool = False
     producer: int  # stage row of vmnet, whose frames it takes
 
 
@@ -38,6 +39,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     offload: bool  # the link completes checksums and cuts super-frames
     gateway4: Ipv4
     gateway_mac: Mac
+    whole: bool = False  # no header, but super-frames of TCP are taken as they are
     uso: bool = False  # the link cuts UDP super-frames
     nic2: Nic2Link | None = None  # the guest's second NIC (fds: link2)
 
@@ -56,13 +58,13 @@ def _promote(cfg: Config, ctx: StageContext) -> None:
 def init(cfg: Config, ctx: StageContext) -> GuestLink:
     """Make ctx.stage this stage; returns its link. Raises StageError."""
     link = GuestLink(ctx, lib.stage_guest_rx_link, lib.stage_guest_rx_broken, kind=cfg.link_kind, vnet=cfg.vnet,
-                     frame_max=cfg.frame_max)
+                     frame_max=cfg.frame_max, whole=cfg.whole)
     if lib.stage_guest_rx_init(ctx.stage, link.now, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.nic2 is not None:
         producer = cfg.nic2.producer
         SecondLink(ctx, lambda link2: lib.stage_guest_rx_nic2(ctx.stage, link2, producer), kind=cfg.nic2.link_kind,
-                   vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max)
+                   vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max, whole=cfg.nic2.whole)
     if cfg.promote:
         _promote(cfg, ctx)
     return link

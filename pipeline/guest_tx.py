@@ -1,7 +1,7 @@
 """guest_tx: read the frames the guest sends.
 
 In:      the guest's link (fds: link), Ethernet frames of at most `frame_max` B, each behind a 12 B virtio-net
-         header if `vnet`; with `pcap` a copy of each goes to the capture file (fds: pcap, O_APPEND). Without a
+         header if `vnet`, or perhaps robbed of it if `unfinished`; with `pcap` a copy of each goes to the capture file (fds: pcap, O_APPEND). Without a
          descriptor nobody is there yet; LinkChange brings one, another or none.
          With `nic2` a second link of the same kind (fds: link2).
 Out:     the same frames to classify, those of the second link to vmnet; what belongs to promoted flows to their host
@@ -26,6 +26,7 @@ class Nic2Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     link_kind: LinkKind
     vnet: bool
     frame_max: int
+    unfinished: int = 0
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="guest_tx"):
@@ -41,6 +42,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     gateway4: Ipv4
     gateway_mac: Mac
     subnet: str  # the guest's, like 10.0.2.0/24
+    unfinished: int = 0  # not 0: the peer's frames may lack the virtio-net header they had; its MTU
     nic2: Nic2Link | None = None  # the guest's second NIC (fds: link2)
 
 
@@ -62,12 +64,12 @@ def _promote(cfg: Config, ctx: StageContext) -> None:
 def init(cfg: Config, ctx: StageContext) -> GuestLink:
     """Make ctx.stage this stage; returns its link. Raises StageError."""
     link = GuestLink(ctx, lib.stage_guest_tx_link, lib.stage_guest_tx_broken, kind=cfg.link_kind, vnet=cfg.vnet,
-                     frame_max=cfg.frame_max, merge=cfg.offload)
+                     frame_max=cfg.frame_max, merge=cfg.offload, unfinished=cfg.unfinished)
     if lib.stage_guest_tx_init(ctx.stage, link.now, ctx.fds["pcap"] if cfg.pcap else -1) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.nic2 is not None:
         SecondLink(ctx, lambda link2: lib.stage_guest_tx_nic2(ctx.stage, link2), kind=cfg.nic2.link_kind,
-                   vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max)
+                   vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max, unfinished=cfg.nic2.unfinished)
     if cfg.promote:
         _promote(cfg, ctx)
     return link

@@ -102,7 +102,9 @@ def main(argv: list[str]) -> int:
         from pipeline.vm import Vm
 
         def serve(ready_fd: int) -> int:
-            options = VmOptions(type="qemu-stream", socket=path, fd=fd, one_off=args.one_off or fd >= 0, ready_fd=ready_fd)
+            # As passt, which verifies no checksum of the guest's: libkrun starts it, and leaves them unfinished.
+            options = VmOptions(type="qemu-stream", socket=path, fd=fd, one_off=args.one_off or fd >= 0, ready_fd=ready_fd,
+                                unfinished=True)
             return Vm(made, options).main()
 
         if args.foreground:

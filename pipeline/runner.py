@@ -206,11 +206,11 @@ class HostSide:
             for fd in {self.host.fd, self.host.dhcp, *self._ours} - {-1}:
                 os.close(fd)
 
-    def second_nic(self, fd: int, kind: LinkKind = "tap", vnet: bool = True) -> SecondNic | None:
+    def second_nic(self, fd: int, kind: LinkKind = "tap", vnet: bool = True, *, offloading: bool = False) -> SecondNic | None:
         """For the session; fd: the guest's tap, or another link's."""
         if self.spec is None or self.host is None:
             return None
-        link = Link(fd=fd, kind=kind, vnet=vnet, name=self.spec.ifname or SECOND_IFNAME)
+        link = Link(fd=fd, kind=kind, vnet=vnet, unfinished=offloading, whole=offloading, name=self.spec.ifname or SECOND_IFNAME)
         return SecondNic(link, self.backend, self.host, storm=self.spec.storm)
 
 

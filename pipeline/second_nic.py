@@ -99,7 +99,8 @@ class SecondNic:
 
     def stage_facts(self) -> StageFacts:
         assert self.host is not None
-        return StageFacts(facts=self.facts, guest_kind=self.link.kind, guest_vnet=self.link.vnet, storm=self.storm,
+        return StageFacts(facts=self.facts, guest_kind=self.link.kind, guest_vnet=self.link.vnet,
+                          guest_unfinished=self.link.unfinished, guest_whole=self.link.whole, storm=self.storm,
                           host_kind=self.host.kind, host_vnet=self.host.vnet, row=self._child.row)
 
     def started(self) -> None:

@@ -319,9 +319,10 @@ class GuestLink:
     """
 
     def __init__(self, ctx: StageContext, change: Callable[[CData, CData], int], broken: Callable[[CData], int], *,
-                 kind: str, vnet: bool, frame_max: int, merge: bool = False) -> None:
+                 kind: str, vnet: bool, frame_max: int, merge: bool = False, unfinished: int = 0, whole: bool = False) -> None:
         self._ctx, self._change, self._broken = ctx, change, broken
-        self._made: dict[str, Any] = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "merge": merge}
+        self._made: dict[str, Any] = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "merge": merge,
+                                      "unfinished": unfinished, "whole": whole}
         self._fd = ctx.fds.get("link", -1)
         self.now = self._link(self._fd)
         ctx.handlers[LinkChange] = self._handle
@@ -355,17 +356,19 @@ class GuestLink:
 class SecondLink:
     """The second NIC's link of a stage that has it (fds: link2): as it is now, and another when the supervisor says so."""
 
-    def __init__(self, ctx: StageContext, change: Callable[[CData], int], *, kind: str, vnet: bool, frame_max: int) -> None:
+    def __init__(self, ctx: StageContext, change: Callable[[CData], int], *, kind: str, vnet: bool, frame_max: int,
+                 unfinished: int = 0, whole: bool = False) -> None:
         """change: what gives the stage's C half a link. Raises StageError."""
         self._ctx, self._change = ctx, change
-        self._kind, self._vnet, self._frame_max = kind, vnet, frame_max
+        self._made: dict[str, Any] = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "unfinished": unfinished,
+                                      "whole": whole}
         self._fd = -1
         if error := self._take(ctx.fds.get("link2", -1)):
             raise StageError(error)
         ctx.handlers[Link2Change] = self._handle
 
     def _take(self, fd: int) -> str:
-        if self._change(link(fd, kind=self._kind, vnet=self._vnet, frame_max=self._frame_max)) < 0:
+        if self._change(link(fd, **self._made)) < 0:
             return ffi.string(lib.rn_stage_error(self._ctx.stage)).decode()
         self._fd = fd
         return ""

@@ -99,6 +99,8 @@ class Link(Struct, frozen=True, kw_only=True):
     fd: int
     kind: LinkKind  # when the peer of a stream or SOCK_SEQPACKET socket closes, Session.on_link_end is called
     vnet: bool  # a 12-byte virtio-net header before each frame, and offloads
+    unfinished: bool = False  # frames may lack the header that they had, as libkrun's do (csrc/rn_unfinished.h)
+    whole: bool = False  # super-frames of TCP go to the guest as they are, without a header
     name: str = "guest"  # for the capture file
     tables: Mapping[str, int] = {}  # the guest's own of its sockets, if it can be looked into (auto_forwards.py); likewise
 
@@ -379,7 +381,7 @@ class Session:
             self._selector.register(fd, events, callback)
 
     def unwatch(self, fd: int) -> None:
-        if fd in self._selector.get_map():
+        if fd in (self._selector.get_map() or {}):  # None: the session is over, and watches nothing any more
             self._selector.unregister(fd)
 
     def end(self, reason: str, code: Exit = Exit.OK) -> None:
@@ -809,7 +811,8 @@ class Session:
             dns_path = self._dns.getsockname()[1:].decode() if self._dns else ""
             try:
                 self._configs = configs = stage_configs(
-                    self.settings, link_kind=self.link.kind, vnet=self.link.vnet, dns_path=dns_path,
+                    self.settings, link_kind=self.link.kind, vnet=self.link.vnet, unfinished=self.link.unfinished,
+                    whole=self.link.whole, dns_path=dns_path,
                     second=self.nic2.stage_facts() if self.nic2 is not None else None,
                     uso=self.link.kind == "tap" and self._takes_udp_super_frames(self._extras["link"]))
             except ConfigError as e:  # a proxy's name does not resolve

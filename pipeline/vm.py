@@ -98,6 +98,11 @@ class Vm:
         self.kind: LinkKind = kind_of(options.fd) if options.fd >= 0 else self.type.kind or "dgram"
         if self.type.kind not in (None, self.kind):
             raise ConfigError(f"--fd {options.fd}: is a {self.kind} link, not what --type {options.type} is")
+        if options.offloading and self.kind == "tap":
+            raise ConfigError(f"--offloading: --fd {options.fd} is a tap, whose frames have a virtio-net header; leave it out")
+        if options.offloading and not settings.offloads:
+            raise ConfigError("--offloading: what --impair damages in a frame whose checksum is unfinished is not seen; let each"
+                              " --impair say super, or leave --offloading out")
         if int(bool(settings.nic2)) != (options.nic2_fd >= 0) + bool(options.nic2_socket):
             raise ConfigError("--nic2: a machine's second NIC needs --nic2 MODE, and one of --nic2-socket PATH and --nic2-fd N")
         self.nic2_kind: LinkKind = kind_of(options.nic2_fd, "nic2-fd") if options.nic2_fd >= 0 else "dgram"
@@ -118,12 +123,14 @@ class Vm:
                 if o.nic2_socket:
                     second = stack.enter_context(SecondDoor(o.nic2_socket, self.type, self._warn))
                     self.nic2_kind = second.kind
-                nic2 = host.second_nic(o.nic2_fd, self.nic2_kind, o.vnet_hdr or self.nic2_kind == "tap")
+                nic2 = host.second_nic(o.nic2_fd, self.nic2_kind, o.vnet_hdr or self.nic2_kind == "tap",
+                                        offloading=o.offloading and self.nic2_kind != "tap")
                 if host.host is not None:
                     f = host.host.facts
                     self._warn(f"the second NIC's MAC address must be {f.mac}, its MTU is {f.mtu}"
                                + (f", and it will have {f.address}" if f.address else ""))
-                link = Link(fd=o.fd, kind=self.kind, vnet=o.vnet_hdr or self.kind == "tap", name=o.type)
+                link = Link(fd=o.fd, kind=self.kind, vnet=o.vnet_hdr or self.kind == "tap", name=o.type,
+                            unfinished=o.offloading or o.unfinished, whole=o.offloading)
                 self.session = Session(s, link=link, nic2=nic2, log=info if LOG.wants("info") else None, warn=say,
                                        name=s.session or str(os.getpid()))
                 self.session.info = info

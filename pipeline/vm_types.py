@@ -38,6 +38,8 @@ class VmOptions(Struct, frozen=True, kw_only=True):
     nic2_socket: str = ""
     one_off: bool = False
     vnet_hdr: bool = False
+    offloading: bool = False  # frames come and go as libkrun's: super-frames, and some lost their virtio-net header
+    unfinished: bool = False  # they may come so, and go as without
     ready_fd: int = -1
     exit_fd: int = -1
 
@@ -49,3 +51,6 @@ def check(o: VmOptions) -> None:
             raise ConfigError("--type fd: needs --fd N, and takes no --socket")
     elif bool(o.socket) == (o.fd >= 0):
         raise ConfigError(f"--type {o.type}: needs --socket or --fd, one of them")
+    if o.offloading and o.vnet_hdr:
+        raise ConfigError("--offloading: is for frames without a virtio-net header, and --vnet-hdr says that they have one; give"
+                          " one of them")

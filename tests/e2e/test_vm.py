@@ -204,13 +204,14 @@ def waits_again(s: VmSession, times: int) -> None:
 
 def test_dgram_is_connected_both_ways(tmp_path: Path, path: Path) -> None:
     """A socket that is sent to by path takes 11 frames (net.unix.max_dgram_qlen) and then blocks."""
-    with session(tmp_path, "--type", "qemu-dgram", "--socket", str(path)):
+    with session(tmp_path, "--type", "qemu-dgram", "--socket", str(path)) as s:
         guest = DgramGuest(tmp_path / "vm.sock", path)
         assert resolves_the_gateway(guest)
         for _ in range(200):
             guest.send(arp_request())
         got = [guest.recv() for _ in range(200)]  # none was read meanwhile
         assert all(g[12:14] == b"\x08\x06" for g in got)
+        assert s.end() == 0, s.output()  # while the machine is there
         guest.close()
 
 

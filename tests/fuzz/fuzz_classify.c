@@ -5,8 +5,8 @@
  *           run, bit for bit.  usage: fuzz_classify CORPUS ITERATIONS SEED
  *   clang   -fsanitize=fuzzer,address,undefined -DLIBFUZZER: LLVMFuzzerTestOneInput(), input as below.
  *
- * An input: one byte of flags (1: the 12 bytes are a virtio-net header; 2: time goes on by 5 s), 12 bytes,
- * frame. The corpus file is made from tests/frames: u16 length (little-endian), 12 bytes, frame, repeated.
+ * An input: one byte of flags (1: the 12 bytes are a virtio-net header; 2: time goes on by 5 s; 4: the frame came without
+ * the header it had, and gets one by rn_unfinished_mark()), 12 bytes, frame. The corpus file is made from tests/frames: u16 length (little-endian), 12 bytes, frame, repeated.
  *
  * Each frame lies in a heap block of exactly its length, so that a read of one byte too many is seen. What is
  * checked besides: verdict in range, offsets in the frame, a fragment has exactly one fate, and a datagram
@@ -21,11 +21,14 @@
 #include "arp.h"
 #include "reassembly.h"
 #include "rn_csum.h"
+#include "rn_gso.h"
 #include "rn_parse.h"
+#include "rn_unfinished.h"
 
 #define STEP_NS 5000000000ull
 #define INPUT_HEAD 13u
 #define FRAME_CAP 70000u
+#define CUT_MTU 576u /* of a guest whose frames lost their header: small, so that frames of the corpus are longer */
 #define OPEN_CAP 9u /* blocks: fewer than the table has entries, so that both bounds are met */
 
 static const struct classify_config config = {
@@ -39,7 +42,7 @@ static const struct classify_config config = {
 /* Reassembly lives across inputs, as in the stage. */
 struct target {
 	struct reassembly *ra;
-	uint64_t now, added;
+	uint64_t now, added, marked, cut;
 	uint64_t verdicts[RN_NVERDICTS];
 	uint8_t out[RN_FRAME_MAX];
 };
@@ -71,6 +74,38 @@ static void check_fates(void)
 	must(st.open <= RA_DATAGRAMS, "table bound");
 }
 
+/* The header that a frame may have lost: what it says must be so. Returns 1 if it says something. */
+static int mark(uint8_t *vnet, const uint8_t *frame, uint32_t len)
+{
+	uint8_t *both = malloc(RN_VNET_HLEN + len);
+	struct rn_gso g;
+	int marked;
+
+	must(both != NULL, "memory");
+	memset(both, 0xee, RN_VNET_HLEN);
+	memcpy(both + RN_VNET_HLEN, frame, len);
+	marked = rn_unfinished_mark(both, len, CUT_MTU);
+	must(!memcmp(both + RN_VNET_HLEN, frame, len), "the frame is as it was");
+	must(marked == (both[0] != 0) && rn_vnet_ok(both, len), "a header that fits the frame");
+	if (marked) {
+		must(rn_gso_begin(&g, both, len) > 0, "it can be finished");
+		for (uint32_t k = 0; k < g.nsegs; k++) {
+			uint8_t head[RN_GSO_HEAD_MAX];
+			const uint8_t *payload;
+			uint32_t n;
+
+			rn_gso_next(&g, head, &payload, &n);
+			must(payload >= both + RN_VNET_HLEN && payload + n <= both + RN_VNET_HLEN + len, "payload in the frame");
+			must(g.nsegs == 1 || g.hlen + n <= RN_ETH_HLEN + CUT_MTU, "cut to the MTU");
+		}
+		target.marked++;
+		target.cut += g.nsegs > 1;
+	}
+	memcpy(vnet, both, RN_VNET_HLEN);
+	free(both);
+	return marked;
+}
+
 static void one(const uint8_t *data, uint32_t size)
 {
 	uint32_t len = size - INPUT_HEAD, out_len = 0;
@@ -83,7 +118,9 @@ static void one(const uint8_t *data, uint32_t size)
 	memcpy(vnet, data + 1, sizeof(vnet));
 	memcpy(frame, data + INPUT_HEAD, len);
 	/* As guest_tx: what contradicts the frame does not get to classify. */
-	if (has_vnet && !rn_vnet_ok(vnet, len))
+	if (data[0] & 4)
+		has_vnet = mark(vnet, frame, len);
+	else if (has_vnet && !rn_vnet_ok(vnet, len))
 		has_vnet = 0;
 	verdict = rn_parse_bytes(frame, len, has_vnet ? vnet : NULL, &config, &p);
 	must(verdict >= 0 && verdict < RN_NVERDICTS && rn_verdict_name(verdict), "verdict in range");
@@ -168,8 +205,11 @@ static void repair(uint8_t *f, uint32_t len, int l4)
 		return;
 	field = ip[RN_IP4_PROTO] == RN_IPPROTO_UDP ? RN_UDP_SUM : RN_TCP_SUM;
 	memset(ip + hlen + field, 0, 2);
-	sum = (uint16_t)~rn_csum_fold(rn_csum_add(
-		rn_csum_pseudo4(ip + RN_IP4_SRC, ip + RN_IP4_DST, ip[RN_IP4_PROTO], total - hlen), ip + hlen, total - hlen));
+	if (l4 == 1) /* unfinished */
+		sum = rn_csum_fold(rn_csum_pseudo(ip, ip[RN_IP4_PROTO], total - hlen));
+	else
+		sum = (uint16_t)~rn_csum_fold(rn_csum_add(
+			rn_csum_pseudo4(ip + RN_IP4_SRC, ip + RN_IP4_DST, ip[RN_IP4_PROTO], total - hlen), ip + hlen, total - hlen));
 	memcpy(ip + hlen + field, &sum, 2);
 }
 
@@ -252,7 +292,7 @@ int main(int argc, char **argv)
 		const uint8_t *c = corpus + starts[i < n ? i : rnd(n)];
 		uint32_t len = (uint32_t)(c[0] | c[1] << 8);
 
-		input[0] = (uint8_t)(rnd(2) | (rnd(64) ? 0 : 2));
+		input[0] = (uint8_t)(rnd(2) | (rnd(64) ? 0 : 2) | (rnd(4) ? 0 : 4));
 		memcpy(input + 1, c + 2, RN_VNET_HLEN + len);
 		if (i >= n) { /* first the corpus as it is */
 			len = mutate(input + INPUT_HEAD, len);
@@ -265,6 +305,7 @@ int main(int argc, char **argv)
 	}
 	for (int v = 0; v < RN_NVERDICTS; v++)
 		printf("%s %llu\n", rn_verdict_name(v), (unsigned long long)target.verdicts[v]);
+	printf("marked %llu cut %llu\n", (unsigned long long)target.marked, (unsigned long long)target.cut);
 	reassembly_stat(target.ra, &st);
 	printf("reassembled %llu duplicates %llu bad %llu table %llu timeout %llu\n", (unsigned long long)st.datagrams,
 	       (unsigned long long)st.duplicates, (unsigned long long)st.bad, (unsigned long long)st.table,

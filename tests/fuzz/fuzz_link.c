@@ -2,7 +2,7 @@
  *
  * The three stages are the real ones, turned by hand in this process, with one arena. The link is a pair of datagram
  * sockets: a read() from one gives a datagram or its beginning, as a tap does; or of stream sockets. An input begins with one
- * byte of settings (kind of link, virtio-net headers or none, frame limit); then come pieces, each with a length of two bytes:
+ * byte of settings (kind of link, virtio-net headers, none, or none but what they said, frame limit); then come pieces, each with a length of two bytes:
  * datagrams, or on a stream just bytes, so that a frame may come in any number of them.
  *
  * What must hold: no sanitizer report; every descriptor that comes out names a frame in its buffer; what classify hands on
@@ -75,7 +75,8 @@ static void begin(uint8_t how)
 {
 	static const struct rn_part_spec spec[ROWS] = { { SMALLS, LARGES }, { SMALLS, LARGES }, { 0, 0 }, { 0, 0 }, { 0, 0 } };
 	struct rn_link link = { .kind = how & 8 ? RN_LINK_STREAM : how & 1 ? RN_LINK_TAP : RN_LINK_DGRAM, .vnet = how >> 1 & 1,
-				.frame_max = how & 4 ? RN_FRAME_MAX : 1514, .merge = how & 1 };
+				.frame_max = how & 4 ? RN_FRAME_MAX : 1514, .merge = how & 1,
+				.unfinished = how & 16 && !(how & 2) ? config.mtu : 0, .whole = how >> 5 & 1 };
 	uint64_t arena = rn_arena_size(spec, ROWS), ring = rn_ring_size(SLOTS);
 
 	t.stream = link.kind == RN_LINK_STREAM;
@@ -254,7 +255,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 /* A frame that is nearly right: ARP, UDP, TCP SYN, ping, a fragment. */
 static size_t make_frame(uint8_t *f)
 {
-	uint32_t kind = fuzz_rnd(6), hlen = fuzz_rnd(8) ? 20 : 24, l4 = fuzz_rnd(8) ? fuzz_rnd(100) + 8 : fuzz_rnd(1500), total = hlen + l4;
+	uint32_t kind = fuzz_rnd(6), hlen = fuzz_rnd(8) ? 20 : 24, l4 = fuzz_rnd(8) ? fuzz_rnd(100) + 8 : fuzz_rnd(2000), total = hlen + l4;
 	uint8_t *ip = f + 14;
 
 	memcpy(f, fuzz_rnd(20) ? config.gateway_mac : (const uint8_t *)"\xff\xff\xff\xff\xff\xff", 6);
@@ -285,6 +286,16 @@ static size_t make_frame(uint8_t *f)
 		rn_put16(ip + hlen + 2, (uint16_t)(fuzz_rnd(2) ? 53 : fuzz_rnd(70)));
 		rn_put16(ip + hlen + 4, (uint16_t)l4);
 	}
+	if (kind == 2 && l4 >= 20) { /* TCP, a segment in the middle of something or the beginning of it */
+		rn_put16(ip + hlen + 2, 80);
+		ip[hlen + RN_TCP_OFF] = (uint8_t)(fuzz_rnd(20) ? 0x50 : fuzz_rnd(256));
+		ip[hlen + RN_TCP_FLAGS] = (uint8_t)(fuzz_rnd(4) ? RN_TH_ACK : fuzz_rnd(256));
+	}
+	if (!fuzz_rnd(2) && ((kind == 1 && l4 >= 8) || (kind == 2 && l4 >= 20))) { /* as its sender's offload leaves it */
+		uint16_t sum = rn_csum_fold(rn_csum_pseudo(ip, ip[RN_IP4_PROTO], l4));
+
+		memcpy(ip + hlen + (kind == 1 ? RN_UDP_SUM : RN_TCP_SUM), &sum, 2);
+	}
 	return 14 + total;
 }
 
@@ -294,7 +305,7 @@ size_t fuzz_generate(uint8_t *buf, size_t cap)
 
 	if (cap < 4096)
 		return 0;
-	buf[n++] = (uint8_t)fuzz_rnd(16);
+	buf[n++] = (uint8_t)fuzz_rnd(64);
 	for (uint32_t k = 1 + fuzz_rnd(30); k && n + 2 + 12 + 4 + 2 + 2100 <= cap; k--) {
 		uint32_t vnet = buf[0] >> 1 & 1 ? 12 : 0;
 		uint8_t *f = buf + n + 2;

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-SOURCES = [HERE / "fuzz_classify.c", *(CSRC / f for f in ("rn_parse.c", "arp.c", "reassembly.c", "rn_csum.c"))]
+SOURCES = [HERE / "fuzz_classify.c", *(CSRC / f for f in ("rn_parse.c", "arp.c", "reassembly.c", "rn_csum.c", "rn_gso.c", "rn_unfinished.c"))]
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer",
          "-fno-sanitize-recover=all", f"-I{CSRC}"]
 ITERATIONS = 1_000_000
@@ -46,6 +46,7 @@ def test_fuzzer_finds_nothing_and_reaches_everything(corpus: Path, tmp_path: Pat
     # A mutator that no longer gets past the first checks would find nothing either.
     assert all(v >= 20 for v in reached.values()), reached
     assert reached["to_bridge"] > ITERATIONS // 100 and reached["reassembled"] > 100
+    assert reached["marked"] > ITERATIONS // 500
     assert run(program, corpus, 5000, 7).stdout == run(program, corpus, 5000, 7).stdout
 
 

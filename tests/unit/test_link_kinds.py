@@ -65,7 +65,7 @@ class Vm(inproc.Plane):
     guest's end of what is under test, `feed` and `seen` are plain datagram ends with headers at the other side."""
 
     def __init__(self, *, kind: int = lib.RN_LINK_STREAM, vnet: bool = False, frame_max: int = MTU_FRAME, slots: int = 256,
-                 buffers: int = 1 << 20, merge: bool = False) -> None:
+                 buffers: int = 1 << 20, merge: bool = False, unfinished: int = 0, whole: bool = False) -> None:
         super().__init__({0: (512, 16), 2: (512, 32)})
         make = stream_pair if kind == lib.RN_LINK_STREAM else pair
         self.ours, self.vm = make(buffers)
@@ -74,7 +74,8 @@ class Vm(inproc.Plane):
         self.keep += [inner, outer, self.ours, self.vm, self.feed, self.seen]
         up, down = inproc.Ring(slots), inproc.Ring(slots)
         self.up, self.down = up, down
-        self.options = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "merge": merge}
+        self.options = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "merge": merge, "unfinished": unfinished,
+                        "whole": whole}
         self.tx = self.stage(0, outputs={lib.RN_ROLE_CLASSIFY: (up, 1)})
         self.rx = self.stage(3, inputs={2: down})
         assert lib.stage_guest_tx_init(self.tx, link(self.ours, **self.options), -1) == 0

@@ -133,5 +133,5 @@ def test_stages_are_told_only_if_there_is_one() -> None:
                        host_vnet=False, storm=7, row=5)
     made = stage_configs(make({}), link_kind="tap", vnet=True, second=second)
     assert made["vmnet"] == {"type": "vmnet", "link_kind": "dgram", "vnet": False, "frame_max": 1518, "storm": 7}
-    assert made["guest_tx"]["nic2"] == {"link_kind": "tap", "vnet": True, "frame_max": 1518}
+    assert made["guest_tx"]["nic2"] == {"link_kind": "tap", "vnet": True, "frame_max": 1518, "unfinished": 0}
     assert made["guest_rx"]["nic2"]["producer"] == 5
