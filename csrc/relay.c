@@ -185,8 +185,10 @@ int relay_in_turn(struct rn_stage *s, struct relay_in *r)
 		}
 		s->c[RN_C_frames_in]++;
 		s->c[RN_C_bytes_in] += (uint64_t)len;
+		rn_tap_frame(s, r->tap, r->dir, eth, (uint32_t)len);
 		if (frame_ok(s, r, eth, (uint32_t)len, &flags))
 			hand_on(s, r, eth, (uint32_t)len, flags);
+		rn_tap_done(s);
 	}
 	return n;
 }
@@ -237,8 +239,10 @@ static void refused(struct rn_stage *s, const struct relay_out *r, int err)
 /* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
 static int write_link(struct rn_stage *s, struct relay_out *r, const uint8_t *eth, uint32_t len)
 {
-	int err = r->link.fd < 0 ? -ENODEV : fits(r, eth, len) ? rn_link_write(&r->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
+	int err;
 
+	rn_tap_frame(s, r->tap, r->dir, eth, len);
+	err = r->link.fd < 0 ? -ENODEV : fits(r, eth, len) ? rn_link_write(&r->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
 	if (err == -EAGAIN)
 		return 0;
 	if (err) {
@@ -266,7 +270,7 @@ int relay_out_turn(struct rn_stage *s, struct relay_out *r)
 		if (RN_UNLIKELY(!b)) {
 			s->c[RN_C_drop_bad_descriptor]++;
 		} else {
-			rn_tap_frame(s, r->in, r->to_guest ? RN_PCAP_TO_GUEST : RN_PCAP_FROM_GUEST, eth, d.len);
+			rn_tap_frame(s, r->in, r->dir, eth, d.len);
 			if (!held_by_storm(s, &r->storm, &r->c, eth) && !write_link(s, r, eth, d.len)) {
 				rn_tap_undo(s);
 				err = wait_writable(s, r);

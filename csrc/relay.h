@@ -32,6 +32,8 @@ struct relay_in {
 	int role;		/* enum rn_role */
 	uint32_t spare_large;	/* large buffers left to others of this stage; 0: none */
 	uint32_t index;		/* of its event: RN_EV(RN_TAG_LINK, index) */
+	uint32_t tap;		/* enum rn_tap_point of the link, */
+	int dir;		/* and enum rn_pcap_dir of its frames */
 	struct rn_storm storm;
 	struct rn_relay_counts c;
 	int readable;		/* 1: the link has not said EAGAIN since its last event */
@@ -43,8 +45,9 @@ struct relay_in {
 struct relay_out {
 	struct rn_link link;
 	uint32_t in;
-	int to_guest; /* for captures: 1: towards the guest */
 	uint32_t index;
+	uint32_t tap; /* as of relay_in */
+	int dir;
 	struct rn_storm storm;
 	struct rn_relay_counts c;
 	int blocked;		/* 1: the link said EAGAIN and no event came since */

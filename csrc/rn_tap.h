@@ -1,4 +1,4 @@
-/* rn_tap.h - a stage's capture points: its inputs and its link, copied to mirrors outside when somebody looks.
+/* rn_tap.h - a stage's capture points: its inputs and its links, copied to mirrors outside when somebody looks.
  *
  * A point costs one predictable branch while nobody looks: `if (RN_UNLIKELY(s->tapped))`. A frame is seen before it
  * is handled, rn_tap_frame(), so that what is captured is what came; when it was handled, rn_tap_done() finds out by
@@ -18,9 +18,10 @@
 /* CFFI BEGIN */
 #define RN_TAPS_MAX 4 /* captures at once, a stage */
 
-enum rn_tap_point { /* bits of a mask: input rings in the order of their grant, then the link */
+enum rn_tap_point { /* bits of a mask: input rings in the order of their grant, then its links */
 	RN_TAP_INPUT = 0, /* + number of the input, below RN_INPUTS_MAX */
-	RN_TAP_LINK = 6,
+	RN_TAP_LINK = 6, /* the guest's; of a stage that has none, its link to the host */
+	RN_TAP_LINK2,	 /* the guest's second */
 	RN_NTAP_POINTS
 };
 /* CFFI END */

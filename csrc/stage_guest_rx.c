@@ -406,8 +406,9 @@ int stage_guest_rx_nic2(struct rn_stage *s, const struct rn_link *link, uint32_t
 	g->nic2 = (struct relay_out){
 		.link = *link,
 		.in = i,
-		.to_guest = 1,
 		.index = 1,
+		.tap = RN_TAP_LINK2,
+		.dir = RN_PCAP_TO_GUEST,
 		.c = { .frames = RN_C_nic2_down_frames, .bytes = RN_C_nic2_down_bytes, .down = RN_C_drop_link_down,
 		       .failed = RN_C_drop_link_write, .runt = RN_NCOUNTERS, .oversize = RN_NCOUNTERS,
 		       .vnet_header = RN_NCOUNTERS, .storm = RN_NCOUNTERS, .full = RN_C_link_full },

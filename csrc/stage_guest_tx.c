@@ -392,6 +392,8 @@ int stage_guest_tx_nic2(struct rn_stage *s, const struct rn_link *link)
 		.role = RN_ROLE_HOSTNET,
 		.spare_large = NIC1_LARGE,
 		.index = 1,
+		.tap = RN_TAP_LINK2,
+		.dir = RN_PCAP_FROM_GUEST,
 		.c = { .frames = RN_C_nic2_up_frames, .bytes = RN_C_nic2_up_bytes, .down = RN_NCOUNTERS,
 		       .failed = RN_C_drop_link_read, .runt = RN_C_drop_runt, .oversize = RN_C_drop_oversize,
 		       .vnet_header = RN_C_drop_bad_vnet_header, .storm = RN_NCOUNTERS, .full = RN_NCOUNTERS },

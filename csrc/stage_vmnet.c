@@ -82,6 +82,8 @@ int stage_vmnet_init(struct rn_stage *s, const struct rn_link *link, uint64_t st
 		return rn_fail(s, -ENOMEM, "vmnet: out of memory");
 	v->up = (struct relay_out){
 		.link = *link,
+		.tap = RN_TAP_LINK,
+		.dir = RN_PCAP_FROM_GUEST,
 		.storm = { .rate = storm },
 		.c = { .frames = RN_C_vmnet_up_frames, .bytes = RN_C_vmnet_up_bytes, .down = RN_C_drop_vmnet_down,
 		       .failed = RN_C_drop_vmnet_write, .runt = RN_NCOUNTERS, .oversize = RN_NCOUNTERS,
@@ -89,6 +91,8 @@ int stage_vmnet_init(struct rn_stage *s, const struct rn_link *link, uint64_t st
 	};
 	v->down = (struct relay_in){
 		.link = *link,
+		.tap = RN_TAP_LINK,
+		.dir = RN_PCAP_TO_GUEST,
 		.role = RN_ROLE_GUEST,
 		.storm = { .rate = storm },
 		.c = { .frames = RN_C_vmnet_down_frames, .bytes = RN_C_vmnet_down_bytes, .down = RN_NCOUNTERS,

@@ -327,6 +327,7 @@ class CaptureStarted(Struct, frozen=True, kw_only=True):
     capture: int
     interfaces: list[CaptureInterface]
     mirrors: list[CaptureMirror]
+    absent: list[str] = []  # stages that are not at work: their frames come when they are
 
 
 # --- calls ---------------------------------------------------------------------------------------------------------
@@ -496,7 +497,8 @@ class CaptureStart(Call, kw_only=True):
 
     call = "capture.start"
     result = CaptureStarted
-    points: Annotated[list[str], Meta(min_length=1, max_length=64)]  # link, all, a ring or a stage
+    # link, all, a ring or a stage; with a second NIC also link2 (the guest's) and bridge (the host's)
+    points: Annotated[list[str], Meta(min_length=1, max_length=64)]
     host: str = ""  # only frames from or to this address,
     port: Annotated[int, Meta(ge=0, le=65535)] = 0  # with this port (TCP, UDP),
     proto: Literal["tcp", "udp", "icmp"] | None = None

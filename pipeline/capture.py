@@ -30,7 +30,8 @@ EPILOG = "exit status: 0 done; 1 refused, no such session, or the file cannot be
 def parser() -> Parser:
     p = Parser(prog="ringnet capture", allow_abbrev=False, parents=[common(json=False)], epilog=EPILOG,
                description="Write frames of a running session as pcapng, live. POINT: link (the guest's, the default),"
-                           " a ring like guest_tx:classify, a stage (all its inputs), or all.")
+                           " a ring like guest_tx:classify, a stage (all its inputs), or all; with a second NIC link2 (the"
+                           " guest's) and bridge (the host's).")
     p.add_argument("point", nargs="*", metavar="POINT", default=["link"])
     p.add_argument("-w", "--write", metavar="FILE", default="", help="to this file; -: standard output, for a pipe")
     p.add_argument("--host", metavar="ADDR", default="", help="only frames from or to this address")
@@ -93,6 +94,8 @@ class Capture:
         self.file = CaptureFile(args.write, head(started.interfaces, args.snaplen), limit=args.file_size << 20,
                                 keep=args.files)
         self._say("capturing " + ", ".join(i.name for i in started.interfaces))
+        if started.absent:
+            self._say(f"not at work: {', '.join(started.absent)}; frames there come when it is")
         try:
             self._loop()
         finally:

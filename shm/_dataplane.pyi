@@ -137,6 +137,7 @@ class Lib:
     RN_TAP_CREATE: int
     RN_TAP_INPUT: int
     RN_TAP_LINK: int
+    RN_TAP_LINK2: int
     RN_TAP_OPEN: int
     RN_TAP_SETUP: int
     RN_VNET_BYTES: int

@@ -9,7 +9,7 @@ from shm._dataplane import ffi, lib
 from shm.memory import CData, SharedObject, check
 
 BYTES_MIN, BYTES_MAX = lib.RN_MIRROR_MIN, lib.RN_MIRROR_MAX
-POINT_LINK = lib.RN_TAP_LINK
+POINT_LINK, POINT_LINK2 = lib.RN_TAP_LINK, lib.RN_TAP_LINK2
 POINTS = lib.RN_NTAP_POINTS
 FRAME_ROOM = 70_000  # bytes a block needs at most: the largest frame and what is around it
 

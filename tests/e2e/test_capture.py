@@ -90,6 +90,36 @@ def test_everything_everywhere(capture: Callable[..., Program], guest_ns: Netns,
     assert sum(map(int, lengths)) > 300_000  # whole frames: every byte of the body is in the file
 
 
+def test_a_stage_that_is_not_there_joins_when_it_is(capture: Callable[..., Program], guest_ns: Netns, tmp_path: Path) -> None:
+    """And one that dies meanwhile goes on."""
+    file = tmp_path / "joins.pcapng"
+    with Client(tmp_path / "api") as client:
+        client.call(api.StageHold(stage="services"))
+        with Client(tmp_path / "api") as news:
+            news.call(api.Subscribe(events=["stage"]))
+
+            def until(stage: str, state: str) -> None:
+                for event in news.events(DEADLINE):
+                    assert isinstance(event, api.StageChanged)
+                    if (event.stage, event.state) == (stage, state):
+                        return
+                raise AssertionError(f"the session ended before {stage} was {state}")
+
+            if any(s.name == "services" and s.state != "vacant" for s in client.call(api.Stages()).stages):
+                until("services", "vacant")
+            running = capture("services", "classify", "-w", str(file))
+            assert running.said.readline() == "ringnet capture: not at work: services; frames there come when it is\n"
+            client.call(api.StageRelease(stage="services"))
+            until("services", "running")
+            [victim] = [s.pid for s in client.call(api.Stages()).stages if s.name == "classify"]
+            os.kill(victim, signal.SIGKILL)
+            until("classify", "running")
+    guest_ns.run("dig", f"@{GATEWAY}", "+tries=1", "+time=30", "host.ringnet.internal")
+    assert running.end(signal.SIGINT) == 0
+    asked = tshark(file, "-Y", "dns", "-T", "fields", "-e", "frame.interface_name")
+    assert asked == ["guest_tx->classify", "classify->services"]
+
+
 def test_only_what_is_asked_for(capture: Callable[..., Program], guest_ns: Netns, host_ns: Netns, tmp_path: Path) -> None:
     file = tmp_path / "port.pcapng"
     with host_ns.listen() as wanted, host_ns.listen() as other:

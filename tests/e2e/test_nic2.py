@@ -310,6 +310,37 @@ def test_what_the_host_cannot_give_is_said_and_nothing_is_left(host_ns: Netns, g
     assert left(host_ns) == []
 
 
+def test_its_links_can_be_captured(second: Callable[..., Nic2], host_ns: Netns, tmp_path: Path) -> None:
+    """Guest side and host side, both ways."""
+    session = second("shared")
+    file = tmp_path / "links.pcapng"
+    guest = address(session.guest)
+    with Program([*RINGNET, "capture", "-s", session.name, "link2", "bridge", "--proto", "icmp", "-c", "8", "-w", str(file)],
+                 tmp_path / "capture.log") as capture:
+        while capture.process.poll() is None:
+            assert pings(host_ns, guest)
+        assert capture.wait() == 0, capture.output()
+    said = sh("tshark", "-n", "-r", str(file), "-T", "fields", "-e", "frame.interface_name", "-e", "frame.packet_flags_direction",
+              "-e", "ip.src").stdout.splitlines()
+    assert {(name, int(way, 0), source) for name, way, source in map(str.split, said)} == {
+        (name, way, source) for name in ("tap1", "bridge") for way, source in ((1, guest), (2, HOST))}
+    assert sh("tshark", "-n", "-r", str(file), "-Y", "_ws.malformed").stdout == ""
+
+
+def test_what_it_drops_can_be_captured(second: Callable[..., Nic2], host_ns: Netns, tmp_path: Path) -> None:
+    session = second("shared,storm=1")
+    reason = tmp_path / "drops.pcapng"
+    with Program([*RINGNET, "capture", "-s", session.name, "bridge", "--drops", "-c", "1", "-w", str(reason)],
+                 tmp_path / "drops.log") as capture:
+        with host_ns.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:  # type: ignore[attr-defined]
+            s.bind((next(k["ifname"] for k in json.loads(host_ns.ip("-j", "link")) if k["ifname"].startswith("rn-")), 0))
+            while capture.process.poll() is None:
+                s.send(b"\xff" * 6 + b"\x02" * 6 + b"\x88\xb5" + bytes(46))  # more than one broadcast a second
+        assert capture.wait() == 0, capture.output()
+    [line] = sh("tshark", "-n", "-r", str(reason), "-T", "fields", "-e", "frame.interface_name", "-e", "frame.comment").stdout.splitlines()
+    assert re.match(r"bridge\tdropped: storm_down ", line), line
+
+
 def test_its_rings_can_be_captured(second: Callable[..., Nic2], host_ns: Netns, tmp_path: Path) -> None:
     session = second("shared")
     file = tmp_path / "nic2.pcapng"

@@ -23,7 +23,7 @@ from pipeline.capture_file import CaptureFile, head
 from pipeline.captures import CaptureError, points_of
 from pipeline.topology import TOPOLOGY, Feature
 from shm._dataplane import ffi, lib
-from shm.mirror import POINT_LINK, POINTS, CaptureReader, Mirror, MirrorBroken, c_filter
+from shm.mirror import POINT_LINK, POINT_LINK2, POINTS, CaptureReader, Mirror, MirrorBroken, c_filter
 
 ROOM = lib.RN_MIRROR_MIN
 TAIL, HEAD, ASLEEP, DATA = 64, 128, 136, 192  # csrc/rn_mirror.h
@@ -293,16 +293,18 @@ def test_a_cut_or_mangled_frame_is_no_trouble_to_the_filter(data: st.DataObject,
 # --- names of points, files ---
 
 SESSION = TOPOLOGY.only(frozenset({Feature.NIC1}))
+ONE = {"link": api.CaptureInterface(name="tap0", description="")}
+TWO = ONE | {"link2": api.CaptureInterface(name="tap1", description=""), "bridge": api.CaptureInterface(name="br", description="")}
 
 
 def test_points_by_name() -> None:
-    interfaces, parts = points_of(SESSION, ["link"], "tap0")
+    interfaces, parts = points_of(SESSION, ["link"], ONE)
     assert [i.name for i in interfaces] == ["tap0"]
     assert {p.stage: p.points for p in parts} == dict.fromkeys(("guest_tx", "egress", "guest_rx"), {POINT_LINK: 0})
-    assert points_of(SESSION, ["classify:egress"], "tap0") == points_of(SESSION, ["classify->egress"], "tap0")
-    interfaces, parts = points_of(SESSION, ["egress"], "tap0")
+    assert points_of(SESSION, ["classify:egress"], ONE) == points_of(SESSION, ["classify->egress"], ONE)
+    interfaces, parts = points_of(SESSION, ["egress"], ONE)
     assert [i.name for i in interfaces] == ["classify->egress", "guest_tx->egress"]
-    interfaces, parts = points_of(SESSION, ["all"], "tap0")
+    interfaces, parts = points_of(SESSION, ["all"], ONE)
     assert [i.name for i in interfaces] == ["tap0", *(r.name for s in SESSION.stages for r in SESSION.inputs(s.name)
                                                       if not r.notices)]
     for part in parts:
@@ -311,10 +313,23 @@ def test_points_by_name() -> None:
             assert interfaces[interface].name == want
 
 
+def test_points_of_the_second_nic() -> None:
+    interfaces, parts = points_of(TOPOLOGY, ["link2", "bridge"], TWO)
+    assert [i.name for i in interfaces] == ["tap1", "br"]
+    assert {p.stage: p.points for p in parts} == {"guest_tx": {POINT_LINK2: 0}, "guest_rx": {POINT_LINK2: 0},
+                                                  "vmnet": {POINT_LINK: 1}}
+    interfaces, parts = points_of(TOPOLOGY, ["vmnet"], TWO)
+    assert [i.name for i in interfaces] == ["br", "guest_tx->vmnet"]
+    assert {"tap0", "tap1", "br", "vmnet->guest_rx"} < {i.name for i in points_of(TOPOLOGY, ["all"], TWO)[0]}
+    for name in ("link2", "bridge"):
+        with pytest.raises(CaptureError, match=f"{name}: no such point"):
+            points_of(SESSION, [name], ONE)
+
+
 @pytest.mark.parametrize("name", ["", "nothing", "classify:nobody", "services->egress"])
 def test_a_point_that_is_none(name: str) -> None:
-    with pytest.raises(CaptureError, match="no such point; there are link, all, .*classify.*guest_tx->classify"):
-        points_of(SESSION, [name], "tap0")
+    with pytest.raises(CaptureError, match="no such point; there are all, link, .*classify.*guest_tx->classify"):
+        points_of(SESSION, [name], ONE)
 
 
 def test_a_ring_of_files(tmp_path: Path) -> None:
