@@ -321,6 +321,7 @@ static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint
 	struct down_flow *q = &d->flow[i];
 	uint8_t *eth = d->buf + BUF_ETH, *data = eth + HEADERS;
 	uint32_t off = f->down.snd_nxt - f->down.snd_una, seq = f->down.snd_nxt, ack, len;
+	uint64_t began = rn_stage_inline_begin(d->s);
 	struct rn_vnet_hdr v;
 	ssize_t n = q->peek_off ? rn_peek_at(q->fd, &q->at, off, data, max)
 				: rn_peek_past(q->fd, d->skip, off, data, max);
@@ -352,6 +353,8 @@ static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint
 	d->s->c[RN_C_fast_frames]++;
 	if (!d->out(d->s, eth, len))
 		d->waiting = len;
+	else if (RN_UNLIKELY(began)) /* what the link made wait is the link's time */
+		rn_stage_inline_end(d->s, began);
 	return n;
 }
 

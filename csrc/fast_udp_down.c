@@ -102,12 +102,14 @@ int fast_udp_pump(struct fast_down *d, uint32_t i)
 		struct msghdr m = { .msg_name = &from, .msg_namelen = sizeof(from), .msg_iov = &iov, .msg_iovlen = 1,
 				    .msg_control = &control, .msg_controllen = sizeof(control) };
 		int gso = 0;
+		uint64_t began;
 		ssize_t len;
 
 		if (n == DATAGRAMS) {
 			r = 1;
 			break;
 		}
+		began = rn_stage_inline_begin(d->s);
 		len = recvmsg(q->fd, &m, MSG_DONTWAIT);
 		if (len < 0) {
 			if (errno == EAGAIN)
@@ -127,6 +129,8 @@ int fast_udp_pump(struct fast_down *d, uint32_t i)
 			r = -1;
 			break;
 		}
+		if (RN_UNLIKELY(began))
+			rn_stage_inline_end(d->s, began);
 	}
 leave:
 	rn_half_leave(&f->down.owner, d->me);

@@ -47,7 +47,7 @@ struct rn_cell {
 };
 _Static_assert(offsetof(struct rn_cell, counters) == RN_CACHE_LINE, "identity line, then counters");
 
-/* How long frames took to a stage, from another: bucket b counts those of less than rn_latency_bound(b) ns. */
+/* How long frames took to a stage, from another, or within it, from link to socket or back: bucket b counts those of less than rn_latency_bound(b) ns. */
 struct rn_latency {
 	_Atomic uint64_t bucket[RN_LATENCY_BUCKETS];
 };

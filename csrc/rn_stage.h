@@ -153,6 +153,7 @@ struct rn_stage {
 	uint32_t nnotable;
 	uint64_t window_ns;
 	uint32_t samples; /* counts frames, to stamp one in RN_SAMPLE */
+	uint32_t inlined; /* the same of frames that pass no ring */
 	uint64_t wakes_before; /* doorbells rung by earlier generations */
 	char error[256];
 };
@@ -259,6 +260,14 @@ static inline uint64_t rn_stage_now(const struct rn_stage *s)
 {
 	return RN_UNLIKELY(s->clock) ? s->clock : rn_now_ns();
 }
+
+/* Frames of promoted flows, which pass between the guest's link and a host socket and no ring: one in RN_SAMPLE is timed, and
+ * its time is the stage's own row in struct rn_latency. When one begins: CLOCK_MONOTONIC ns, or 0: this one is not timed. */
+static inline uint64_t rn_stage_inline_begin(struct rn_stage *s)
+{
+	return RN_UNLIKELY(!(++s->inlined % RN_SAMPLE)) ? rn_now_ns() : 0;
+}
+void rn_stage_inline_end(struct rn_stage *s, uint64_t began); /* @began not 0 */
 
 /* The pieces of rn_stage_run(), for a stage whose loop is not in C:
  *   begin; work; end; if idle and arm() == 0: block until an fd is readable or the deadline; disarm. */

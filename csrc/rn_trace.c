@@ -7,7 +7,8 @@
  *
  * One frame in RN_SAMPLE is stamped when it leaves the stage that wrote it, and again by each that hands it on. A stage
  * it comes to adds the time since the first and since the last stamp to its own row of struct rn_latency: so between any
- * two stages that a frame passes there is a histogram. A stage that hands a copy on (a bad wire, reassembly) starts anew.
+ * two stages that a frame passes there is a histogram. A stage that hands a copy on (a bad wire, reassembly) starts anew. A
+ * frame of a promoted flow passes no ring: the time it takes in its stage is that stage's with itself.
  */
 #include "rn_stage.h"
 
@@ -142,4 +143,10 @@ void rn_stage_arrived(struct rn_stage *s, const struct rn_buf *b)
 	took(s, first_row, now - first);
 	if (last_row != first_row)
 		took(s, last_row, now - last);
+}
+
+void rn_stage_inline_end(struct rn_stage *s, uint64_t began)
+{
+	if (s->session)
+		took(s, s->row, rn_now_ns() - began);
 }

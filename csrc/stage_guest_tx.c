@@ -137,9 +137,14 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 	struct rn_buf *b;
 
 	if (t->fast) {
+		uint64_t began = rn_stage_inline_begin(s);
+
 		way = fast_up_take(t->fast, eth, len, flags, &p);
-		if (way == FAST_UP_DONE)
+		if (way == FAST_UP_DONE) {
+			if (RN_UNLIKELY(began))
+				rn_stage_inline_end(s, began);
 			return;
+		}
 		if (way == FAST_UP_BRIDGE)
 			len = p.frame_len;
 	}

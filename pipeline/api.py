@@ -242,6 +242,7 @@ class Events(Struct, frozen=True, kw_only=True):
 
 
 class PathLatency(Struct, frozen=True, kw_only=True):
+    # guest_tx to guest_tx: of promoted flows, from the guest's link to the host's socket; guest_rx to guest_rx: back
     source: str
     target: str
     buckets: list[tuple[int, int]]  # (upper bound in ns, -1: none; sampled frames); those without a frame are left out

@@ -398,7 +398,8 @@ def _ns(bound: int) -> str:
 def latency(client: Client, args: argparse.Namespace, out: Output) -> None:
     result = client.call(api.Latency())
     paths = [p for p in result.paths if args.source in (None, p.source) and args.target in (None, p.target)]
-    rows = [[p.source, p.target, str(sum(n for _, n in p.buckets)), _quantile(p.buckets, 0.5), _quantile(p.buckets, 0.9),
+    inline = {"guest_tx": ("the guest's link", "host socket (promoted)"), "guest_rx": ("host socket (promoted)", "the guest's link")}
+    rows = [[*(inline.get(p.source, (p.source, p.target)) if p.source == p.target else (p.source, p.target)), str(sum(n for _, n in p.buckets)), _quantile(p.buckets, 0.5), _quantile(p.buckets, 0.9),
              _quantile(p.buckets, 0.99), _quantile(p.buckets, 1.0)] for p in paths]
     text = table(["from", "to", "sampled", "50 %", "90 %", "99 %", "all"], rows, frozenset({0, 1}))
     for p in paths if args.target else ():

@@ -140,6 +140,25 @@ def test_latency_between_two_stages(session: Attached, guest_ns: Netns) -> None:
     assert "#" in ringnet("ctl", "latency", "guest_tx", "egress")
 
 
+def test_latency_of_promoted_flows(session: Attached, guest_ns: Netns, host_ns: Netns, client: Client) -> None:
+    """They pass no ring: from the link to the socket, and back."""
+    def sampled() -> dict[tuple[str, str], int]:
+        return {(p.source, p.target): sum(n for _, n in p.buckets) for p in client.call(api.Latency()).paths}
+
+    with host_ns.listen(SERVER) as listener:
+        with connect(guest_ns, listener.getsockname()) as guest, listener.accept()[0] as host:
+            end = time.monotonic() + DEADLINE
+            while not {("guest_tx", "guest_tx"), ("guest_rx", "guest_rx")} <= sampled().keys():
+                assert time.monotonic() < end, sampled()
+                for _ in range(64):
+                    guest.sendall(b"ask")
+                    assert host.recv(3) == b"ask"
+                    host.sendall(b"say")
+                    assert guest.recv(3) == b"say"
+    said = ringnet("ctl", "latency", "guest_tx", "guest_tx")
+    assert re.search(r"the guest's link +host socket \(promoted\) +\d+ ", said) and "#" in said
+
+
 def test_what_a_killed_stage_left_is_read_after_the_session(session: Attached, client: Client, guest_ns: Netns,
                                                             host_ns: Netns, tmp_path: Path) -> None:
     with host_ns.listen(SERVER) as listener:
