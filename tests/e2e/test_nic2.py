@@ -310,6 +310,44 @@ def test_what_the_host_cannot_give_is_said_and_nothing_is_left(host_ns: Netns, g
     assert left(host_ns) == []
 
 
+def test_its_stage_by_hand(second: Callable[..., Nic2], host_ns: Netns, tmp_path: Path) -> None:
+    """Held, taken, held again, given back: a connection over the second NIC goes on, and NIC2 stays up."""
+    session = second("shared")
+    guest = address(session.guest)
+
+    with Client(find(session.name)) as client:
+        client.call(api.Subscribe(events=["stage"]))
+
+        def until(wanted: str) -> None:
+            for event in client.events(DEADLINE):
+                if (event.stage, event.state) == ("vmnet", wanted):  # type: ignore[union-attr]
+                    return
+            raise AssertionError(f"the session ended before vmnet was {wanted}")
+
+        with host_ns.listen(HOST) as listener, session.guest.socket() as inner:
+            inner.bind((guest, 0))
+            inner.connect(listener.getsockname())
+            outer = listener.accept()[0]
+            outer.settimeout(DEADLINE)
+            with outer:
+                ctl(session, "hold", "vmnet")
+                until("vacant")
+                inner.sendall(b"while nobody sits there")
+                with Program(host_ns.argv(*RINGNET, "stage", "vmnet", "--session", session.name), tmp_path / "hand.log") as hand:
+                    until("running")
+                    assert outer.recv(100) == b"while nobody sits there"
+                    outer.sendall(b"back")
+                    assert inner.recv(100) == b"back"
+                    assert hand.end(signal.SIGINT) == 0, hand.output()
+                until("vacant")
+                assert session.nic2["state"] == "running"
+                ctl(session, "release", "vmnet")
+                until("running")
+                inner.sendall(b"and again")
+                assert outer.recv(100) == b"and again"
+    assert pings(host_ns, guest)
+
+
 def test_its_links_can_be_captured(second: Callable[..., Nic2], host_ns: Netns, tmp_path: Path) -> None:
     """Guest side and host side, both ways."""
     session = second("shared")

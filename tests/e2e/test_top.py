@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -168,3 +169,22 @@ def test_it_ends_with_the_session(attach: Callable[..., Attached], tmp_path: Pat
         assert session.end() == 0
         top.stdout.read()
         assert top.wait(DEADLINE) == 1 and top.stderr.read() == "ringnet top: session short ended\n"
+
+
+def test_datagrams_and_echoes_have_their_bytes_and_rates(attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns,
+                                                         tmp_path: Path) -> None:
+    attach("--api-socket", str(tmp_path / "api"))
+    with host_ns.socket(kind=socket.SOCK_DGRAM) as server, guest_ns.socket(kind=socket.SOCK_DGRAM) as guest:
+        server.bind((SERVER, 0))
+        for _ in range(40):  # past promotion
+            guest.sendto(b"a" * 100, server.getsockname())
+            server.sendto(b"b" * 200, server.recvfrom(1000)[1])
+            assert guest.recv(1000) == b"b" * 200
+        guest_ns.run("ping", "-n", "-c2", "-i0.01", "-W30", "-s", "72", SERVER)
+        rows = [json.loads(line) for line in command(tmp_path, "flows", "--json").splitlines()]
+    found = {r["proto"]: r for r in rows}
+    udp, icmp = found["udp"], found["icmp"]
+    assert (udp["up_bytes"], udp["down_bytes"], udp["up_packets"], udp["down_packets"]) == (4000, 8000, 40, 40)
+    assert icmp["up_packets"] == icmp["down_packets"] == 2 and icmp["up_bytes"] == icmp["down_bytes"] >= 2 * 72
+    for flow in (udp, icmp):
+        assert flow["up_bits_s"] > 0 and flow["down_bits_s"] > 0
