@@ -98,7 +98,7 @@ def test_bad_input_is_one_line(options: list[str], says: str) -> None:
 
 
 def test_micro_benchmarks_say_what_each_part_costs() -> None:
-    done = sh(sys.executable, "-P", "-m", "bench.micro", env=env())
+    done = sh(sys.executable, "-P", "-m", "bench.micro", env=env(), timeout=280)
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert {r[0] for r in rows[2:]} == set(micro.PARTS)
     for part, case, median, span, _ in rows[2:]:
