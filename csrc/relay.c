@@ -17,7 +17,7 @@
  * left to the link pass as they are (virtio 1.2 5.1.6). A link without headers cuts such a frame and completes its
  * checksums while it writes (rn_link.h).
  *
- * system calls: read, recv, getsockopt, write, sendto, sendmsg, sendmmsg (link), epoll_ctl
+ * system calls: read, recv, getsockopt, write, sendto, sendmsg, sendmmsg, shutdown (link), epoll_ctl
  */
 #include "relay.h"
 
@@ -25,6 +25,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 
 #include "rn_parse.h"
 #include "rn_proto.h"
@@ -92,8 +93,11 @@ static int read_failed(struct rn_stage *s, struct relay_in *r, int64_t err)
 	case -EBADF:
 	case -EINVAL:
 	case -ECONNRESET:
-	case -EPROTO: /* stream: lost its framing, */
-	case -ENODATA: /* or ended inside a frame */
+	case -ENODATA: /* stream: ended inside a frame, */
+		r->gone = 1;
+		break;
+	case -EPROTO: /* or lost its framing. Nobody can use it any more; who watches it for its end may make another. */
+		shutdown(r->link.fd, SHUT_RDWR);
 		r->gone = 1;
 		break;
 	default: /* not known to pass by itself: wait for the next event instead of trying in a circle */

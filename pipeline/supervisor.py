@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -205,6 +205,7 @@ class Child:
         self.pongs = 0
         self.hung = ""  # why it was killed, if it was the watchdog that did
         self.asks: deque[tuple[Ask, tuple[int, ...], Callable[[str], None]]] = deque()  # the first is under way
+        self.has: dict[str, int] = {}  # which of the links, in the order they were set, it was given last: by name
 
     @property
     def alive(self) -> bool:
@@ -312,6 +313,7 @@ class Session:
         self._stopping = False
         self._bells: list[int] = []
         self._extras: dict[str, int] = {}
+        self._links: dict[str, int] = {}  # how often the links "link" and "link2" were set
         self._listeners = Listeners()
         self._dns: socket.socket | None = None
         self._link_end: select.epoll | None = None
@@ -625,7 +627,18 @@ class Session:
                 if child.decl.flows:
                     for ask, fds in self._listeners.again():
                         self.ask(child.decl.name, ask, lambda error: self._warn(error) if error else None, fds)
+                for which in (w for w, now in self._links.items() if w in child.decl.fds and child.has.get(w) != now):
+                    child.has[which] = self._links[which]  # it came while this stage was on its way
+                    self.ask(child.decl.name, *self._late(child, which))
                 self.seats.runs(child)
+
+    def _late(self, child: Child, which: str) -> tuple[Ask, Callable[[str], None], tuple[int, ...]]:
+        def then(error: str) -> None:
+            if error and child.channel is not None:
+                self._fail(child, f"cannot take the guest's link: {error}")
+
+        ask, fds = self._link_ask(which)
+        return ask, then, fds
 
     def _drop_channel(self, child: Child) -> None:
         if child.channel is not None:
@@ -952,15 +965,12 @@ class Session:
         Raises SessionError if a stage cannot take it; there is no link then.
         """
         self._drop_link()
-        ask, fds = LinkChange(present=fd >= 0), (self._take_link(fd),) if fd >= 0 else ()
-        # Sinks first, as at the start: what is read may be answered at once. A link that goes is read no more first.
-        for child in self.children[::-1] if ask.present else self.children:
-            if "link" not in child.decl.fds or child.state is State.VACANT:  # whoever takes that seat is granted it
-                continue
-            if error := self._ask_and_wait(child.decl.name, ask, fds):
-                if fd >= 0 and not self.ending:
-                    self.set_link()
-                raise SessionError(Exit.RUNTIME, f"stage {child.decl.name} cannot take the guest's link: {error}")
+        if fd >= 0:
+            self._take_link(fd)
+        for name, error in self._link_changed("link"):
+            if fd >= 0 and not self.ending:
+                self.set_link()
+            raise SessionError(Exit.RUNTIME, f"stage {name} cannot take the guest's link: {error}")
 
     def set_second_link(self, fd: int = -1) -> None:
         """As set_link(), of the second NIC."""
@@ -969,12 +979,26 @@ class Session:
             os.set_blocking(link, False)
             self._widen(link)
         self.grant("link2", link)
-        ask, fds = Link2Change(present=link >= 0), (link,) if link >= 0 else ()
-        for child in self.children[::-1] if ask.present else self.children:
-            if "link2" not in child.decl.fds or child.state is State.VACANT:
+        for name, error in self._link_changed("link2"):
+            self._warn(f"stage {name} cannot take the second NIC's link: {error}")
+
+    def _link_changed(self, which: str) -> Iterator[tuple[str, str]]:
+        """Tell the stages that have this link that it is another: (stage, why not) of each that cannot take it. One that is
+        dying or just started is passed over: it, or its successor, is given the link as it is when it gets so far."""
+        self._links[which] = self._links.get(which, 0) + 1
+        # Sinks first, as at the start: what is read may be answered at once. A link that goes is read no more first.
+        for child in self.children[::-1] if which in self._extras else self.children:
+            if which not in child.decl.fds or child.state is not State.RUNNING:
                 continue
-            if error := self._ask_and_wait(child.decl.name, ask, fds):
-                self._warn(f"stage {child.decl.name} cannot take the second NIC's link: {error}")
+            child.has[which] = self._links[which]
+            error = self._ask_and_wait(child.decl.name, *self._link_ask(which))
+            if error and child.channel is not None:
+                yield child.decl.name, error
+
+    def _link_ask(self, which: str) -> tuple[Ask, tuple[int, ...]]:
+        fd = self._extras.get(which, -1)
+        change = LinkChange if which == "link" else Link2Change
+        return change(present=fd >= 0), (fd,) if fd >= 0 else ()
 
     def _open_pcap(self, path: str) -> int:
         try:
@@ -1055,6 +1079,7 @@ class Session:
         for row in sorted({child.row, *(topo.row(n) for n in topo.neighbours(name))}):
             grants.append((f"bell:{row}", self._bells[row]))
         grants += [(extra, self._extras[extra]) for extra in decl.fds if extra in self._extras]
+        child.has = dict(self._links)
         child.state = State.CONFIGURED
         message = Configure(
             version=VERSION, stage=name, row=child.row, generation=child.generation,

@@ -109,6 +109,7 @@ class Vm:
         self.door: Door | None = None
         self.peer: Peer | None = None
         self.ready_fd = options.ready_fd
+        self._users: set[str] = set()  # of the link that is there now
 
     def main(self) -> int:
         s, o = self.settings, self.options
@@ -135,13 +136,13 @@ class Vm:
                                        name=s.session or str(os.getpid()))
                 self.session.info = info
                 self.session.on_link_end = self._left
-                if self.kind == "stream":
-                    self.session.seats.listeners.append(self._seated)
+                self.session.seats.listeners.append(self._seated)
                 self.session.watch(signals.fileno(), self._signalled)
                 if o.exit_fd >= 0:
                     self._watch_exit_fd()
                 with serving(s, self.session) as service:
                     stack.callback(self._part)
+                    self._users = self._sitting()
                     if self.door is not None:
                         self._wait()
                     if second is not None:
@@ -181,6 +182,7 @@ class Vm:
         self.peer = peer
         self._warn("a virtual machine came")  # before it is served: who reads this and then sees an answer is not misled
         self.session.set_link(peer.sock.fileno())
+        self._users = self._sitting()
         if peer.pidfd >= 0:
             self.session.watch(peer.pidfd, lambda: self._left("the machine's process ended", Exit.OK))
 
@@ -215,10 +217,24 @@ class Vm:
         self.door.renew()
         self._wait()
 
+    def _sitting(self) -> set[str]:
+        """Stages that have the link and may have read or written a part of a frame."""
+        return {c.decl.name for c in self.session.children if "link" in c.decl.fds and c.alive}
+
     def _seated(self, stage: str) -> None:
-        """A stage has a successor. Where in a stream it stands only its predecessor knew: perhaps within a frame."""
-        if stage in ("guest_tx", "guest_rx") and any(self.session.counters(stage)[c] for c in ("frames_in", "frames_out")):
-            self._left(f"{stage} was replaced, and a stream cannot be gone on with", Exit.RUNTIME)
+        """A stage has a process again. Where in a stream it stands only its predecessor knew, if it had one: perhaps within a
+        frame."""
+        why = f"{stage} was replaced, and a stream cannot be gone on with"
+        if self.options.nic2_fd >= 0 and self.nic2_kind == "stream" and stage in self._users:
+            say(f"{why}; the second interface's connection is closed")
+            with socket.socket(fileno=os.dup(self.options.nic2_fd)) as second:
+                with contextlib.suppress(OSError):  # it may be gone already
+                    second.shutdown(socket.SHUT_RDWR)
+            self.session.set_second_link()
+        if self.kind == "stream" and stage in self._users:
+            self._left(why, Exit.RUNTIME)
+        if "link" in self.session.child(stage).decl.fds:
+            self._users.add(stage)
 
     def _watch_exit_fd(self) -> None:
         fd = self.options.exit_fd

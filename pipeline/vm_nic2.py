@@ -30,6 +30,8 @@ class SecondDoor:
             self._door: Door = (StreamDoor(path) if self.kind == "stream" else DgramDoor(path, vm_type.hello, say))
 
     def wait(self, session: Session) -> None:
+        if self._session is None and self.kind == "stream":
+            session.seats.listeners.append(self._seated)
         self._session = session
         session.watch(self._door.fileno(), self._came)
 
@@ -47,6 +49,11 @@ class SecondDoor:
             self._session.watch(peer.pidfd, self._left)
         self._session.set_second_link(peer.sock.fileno())
         self._say("the machine's second interface came")
+
+    def _seated(self, stage: str) -> None:
+        """A stage has a process again; where in the stream its predecessor stood nobody knows."""
+        if stage in ("guest_tx", "guest_rx") and self._peer is not None:
+            self._left()
 
     def _left(self) -> None:
         assert self._session is not None

@@ -16,7 +16,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,11 +35,14 @@ SHA = hashlib.sha256(DATA).hexdigest()
 
 
 class Krun:
-    """A device in a namespace, and what libkrun does between it and its socket. Use as a context manager."""
+    """A device in a namespace, and what libkrun does between it and its socket. Use as a context manager.
+
+    offloads: of the device; 0: none, as behind QEMU's sockets. again: another socket when this one has ended."""
 
     def __init__(self, ns: Netns, sock: socket.socket, *, name: str = "eth0", mac: str = "52:54:00:00:00:01", address: str = f"{GUEST}/24",
-                 mtu: int = 1500) -> None:
-        self.sock, self.stream = sock, sock.type == socket.SOCK_STREAM
+                 mtu: int = 1500, offloads: int = CSUM_TSO4, again: Callable[[], socket.socket] | None = None) -> None:
+        self.sock, self.stream, self.again = sock, sock.type == socket.SOCK_STREAM, again
+        self.connections, self.old = 1, [sock]
         self.unfinished = self.largest_up = self.largest_down = 0
         made: list[int] = []
 
@@ -53,14 +56,14 @@ class Krun:
         thread.join()
         (self.tap,) = made
         os.set_blocking(self.tap, True)
-        fcntl.ioctl(self.tap, TUNSETOFFLOAD, CSUM_TSO4)  # VIRTIO_NET_F_CSUM, HOST_TSO4, and the same for the guest
+        fcntl.ioctl(self.tap, TUNSETOFFLOAD, offloads)
         ns.ip("link", "set", name, "address", mac, "mtu", str(mtu), "up")
         ns.ip("addr", "add", address, "dev", name)
         sock.settimeout(DEADLINE)
         self.stop_r, self.stop_w = os.pipe()
         self.errors: list[BaseException] = []
-        self.threads = [threading.Thread(target=self._until_stopped, args=(source, way))
-                        for source, way in ((self.tap, self._up), (sock.fileno(), self._down))]
+        self.threads = [threading.Thread(target=self._until_stopped, args=way)
+                        for way in ((lambda: self.tap, self._up), (lambda: self.sock.fileno(), self._down))]
 
     def __enter__(self) -> Krun:
         for t in self.threads:
@@ -73,20 +76,31 @@ class Krun:
             t.join(DEADLINE)
         os.close(self.stop_r)
         os.close(self.tap)
-        self.sock.close()
+        for s in self.old:
+            s.close()
         if self.errors and kind is None:
             raise self.errors[0]
 
-    def _until_stopped(self, source: int, way: object) -> None:
-        assert callable(way)
+    def _until_stopped(self, source: Callable[[], int], way: Callable[[], None]) -> None:
         try:
-            while self.stop_r not in (ready := select.select([source, self.stop_r], [], [])[0]):
-                assert ready
-                way()
-        except (ConnectionError, EOFError):
-            pass  # the session has ended
+            while self.stop_r not in select.select([source(), self.stop_r], [], [])[0]:
+                try:
+                    way()
+                except (ConnectionError, EOFError):
+                    if self.again is None:
+                        return  # the session has ended
+                    if way == self._down:
+                        self._reconnect(self.again)
         except BaseException as e:
             self.errors.append(e)
+
+    def _reconnect(self, again: Callable[[], socket.socket]) -> None:
+        self.sock.shutdown(socket.SHUT_RDWR)  # closed at the end: the other thread may be writing to it
+        fresh = again()
+        fresh.settimeout(DEADLINE)
+        self.old.append(fresh)
+        self.connections += 1
+        self.sock = fresh
 
     def _up(self) -> None:
         got = os.read(self.tap, BUFFER)
@@ -112,6 +126,12 @@ class Krun:
         return got
 
 
+def to_the_gateway(guest: Netns) -> None:
+    """Its MAC address is known: a kernel gives up after three questions in three seconds, and a session may be on its way."""
+    guest.ip("neigh", "add", GATEWAY, "lladdr", "02:ab:cd:00:00:01", "dev", "eth0")
+    guest.ip("route", "add", "default", "via", GATEWAY)
+
+
 @contextlib.contextmanager
 def krun(type_: str, guest_ns: Netns, host_ns: Netns, tmp: Path, *options: str) -> Iterator[tuple[VmSession, Krun]]:
     """A session, and the device at its socket: connected as libkrun connects, with the hello or without."""
@@ -134,7 +154,7 @@ def krun(type_: str, guest_ns: Netns, host_ns: Netns, tmp: Path, *options: str) 
             if type_ == "vfkit":
                 sock.send(b"VFKT")
         with Krun(guest_ns, sock) as device:
-            guest_ns.ip("route", "add", "default", "via", GATEWAY)
+            to_the_gateway(guest_ns)
             yield s, device
             assert s.end() == 0, s.output()
 
@@ -207,7 +227,7 @@ def test_ringnet_passt_takes_them_as_passt_does(guest_ns: Netns, host_ns: Netns,
                          pass_fds=(theirs.fileno(),)) as p:
         theirs.close()
         with Krun(guest_ns, sock) as device:
-            guest_ns.ip("route", "add", "default", "via", GATEWAY)
+            to_the_gateway(guest_ns)
             both_ways(guest_ns, host_ns, SERVER)
             assert device.unfinished > 10 and device.largest_up > 16_000 and device.largest_down <= 1514
         assert p.wait() == 0, p.output()  # with its machine
