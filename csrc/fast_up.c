@@ -322,6 +322,7 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 		lost = (owner & ~RN_OWNER_BUSY) != u->rx; /* taken in between: egress may have read acks before the post */
 	}
 	ff->misses = 0;
+	RN_SHOW(f->up.fast, f->up.fast + 1);
 	RN_SHOW(f->last_ns, u->s->now);
 	if (len) {
 		ssize_t n;

@@ -50,6 +50,7 @@ struct rn_half_up { /* guest to host; sequence numbers are the guest's */
 	uint8_t wait;	  /* enum rn_wait, for whoever watches */
 	uint32_t parked;    /* bytes kept in early or waiting segments */
 	uint32_t acked;	    /* rcv_nxt as the guest was last told; whoever tells it writes it, relaxed */
+	uint32_t fast;	    /* segments that guest_tx took; relaxed: egress asks whether there were any */
 	uint64_t bytes, packets;
 	uint64_t wait_ns; /* CLOCK_MONOTONIC since when it waits */
 };

@@ -771,14 +771,20 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 }
 
 /* A guest may change its MAC address, but nothing vouches for a frame's: no checksum we verify covers it. One damaged
- * ACK must not send all we have to nobody, when the guest has nothing more to say; two in a row with one address do. */
+ * ACK must not send all we have to nobody, when the guest has nothing more to say; two in a row with one address do.
+ * Who else writes frames of this flow does so with a half claimed, and reads the address then: both are taken first. */
 static void hear_mac(struct egress *e, uint32_t i, const uint8_t *src)
 {
-	uint8_t *heard = e->tcp->flow[i].mac_heard, *to = eg_flow(e, i)->guest_mac;
+	struct tcp_flow *x = &e->tcp->flow[i];
+	struct rn_flow *f = eg_flow(e, i);
+	uint32_t fast = RN_LOOK(f->up.fast);
 
-	if (RN_UNLIKELY(memcmp(to, src, 6)) && !memcmp(heard, src, 6))
-		memcpy(to, src, 6);
-	memcpy(heard, src, 6);
+	if (RN_UNLIKELY(memcmp(f->guest_mac, src, 6)) && !memcmp(x->mac_heard, src, 6) && x->mac_fast == fast) {
+		tcp_take_back(e, i);
+		memcpy(f->guest_mac, src, 6);
+	}
+	memcpy(x->mac_heard, src, 6);
+	x->mac_fast = fast;
 }
 
 void tcp_input(struct egress *e, struct eg_frame *fr)
@@ -899,7 +905,8 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 		return;
 	case RN_FL_ESTABLISHED:
 		hear_mac(e, i, fr->eth + 6);
-		segment(e, i, fr, &sg);
+		if (!(e->priv[i].work & W_RST)) /* halves were taken back for it, and the host side found broken */
+			segment(e, i, fr, &sg);
 		return;
 	}
 }

@@ -108,7 +108,8 @@ struct tcp_flow { /* what only the TCP files need of a flow */
 	uint32_t round_end; /* fast recovery: snd_max when this round of resending began */
 	uint8_t nsacked;
 	uint8_t rounds; /* since snd_una moved */
-	uint8_t mac_heard[6]; /* source of the last segment */
+	uint8_t mac_heard[6]; /* source of the last segment here, */
+	uint32_t mac_fast;    /* and up.fast then: what guest_tx took later came from the flow's own address */
 	uint8_t ndup;	      /* counted up to TCP_DUPACKS */
 	uint8_t challenges;   /* sent since challenge_ns */
 	uint64_t challenge_ns;

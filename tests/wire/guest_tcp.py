@@ -62,6 +62,7 @@ class Segment:
     wscale: int | None = None
     sack_ok: bool = False
     sack: tuple[tuple[int, int], ...] = ()
+    to: bytes = GUEST_MAC  # where the frame went
 
     @property
     def end(self) -> int:
@@ -104,6 +105,7 @@ class GuestTcp:
         self.rcv_nxt = 0
         self.irs = 0
         self.peer_wscale = 0
+        self.mac = GUEST_MAC  # what it sends from
 
     def send(self, flags: int, data: bytes = b"", *, seq: int | None = None, ack: int | None = None,
              wnd: int | None = None, opts: bytes = b"", corrupt: bool = False) -> None:
@@ -112,7 +114,8 @@ class GuestTcp:
                           (self.rcv_nxt if ack is None else ack) & M32 if flags & ACK else 0,
                           (20 + len(opts)) // 4 << 4, flags, self.wnd if wnd is None else wnd, 0, 0) + opts + data
         c = checksum(pseudo(GUEST, self.dst, 6, len(seg)) + seg) ^ (0x5555 if corrupt else 0)
-        self.link.send(ethernet(ipv4(6, seg[:16] + struct.pack("!H", c) + seg[18:], GUEST, self.dst)))
+        self.link.send(ethernet(ipv4(6, seg[:16] + struct.pack("!H", c) + seg[18:], GUEST, self.dst),
+                                src=self.mac))
 
     def recv(self, timeout: float = DEADLINE) -> Segment | None:
         """Next segment of this connection, or None after @timeout seconds."""
@@ -147,7 +150,7 @@ class GuestTcp:
                 w = struct.unpack(f"!{(raw[at + 1] - 2) // 4}I", raw[at + 2:at + raw[at + 1]])
                 sack = tuple(zip(w[::2], w[1::2], strict=True))
             at += raw[at + 1]
-        return Segment(seq, ack, flags, wnd, raw[hlen:], mss, wscale, sack_ok, sack)
+        return Segment(seq, ack, flags, wnd, raw[hlen:], mss, wscale, sack_ok, sack, frame[:6])
 
     def expect(self, flags: int, mask: int = FIN | SYN | RST | ACK, timeout: float = DEADLINE) -> Segment:
         """Next segment must have these of the flags in @mask."""
