@@ -246,6 +246,8 @@ void promote_close(struct egress *e, uint32_t i);
 void promote_notice(struct egress *e, uint32_t i, enum rn_flow_notice notice, int tx, uint32_t gen);
 /* A stage is a new process: it has no sockets. @tx: guest_tx, else guest_rx. */
 void promote_reset(struct egress *e, int tx);
+/* A stage has not got the flow's socket, though it was sent. */
+void promote_lacks(struct egress *e, uint32_t i, int tx);
 int promote_turn(struct egress *e); /* notices that found no room earlier; 1: some went out */
 
 /* --- stage_egress.c: output to the guest --- */
@@ -301,7 +303,7 @@ void udp_event(struct egress *e, uint32_t i, uint32_t events);
 void udp_timer(struct egress *e, uint32_t i);
 void udp_notice(struct egress *e, uint32_t i, enum rn_flow_notice n); /* about a mapping, its generation checked */
 void udp_policy_changed(struct egress *e); /* peers that were approved of are asked about again */
-void udp_reset(struct egress *e, uint32_t i, int tx); /* guest_tx (@tx) or guest_rx is a new process, without its socket */
+void udp_unshare(struct egress *e, uint32_t i, int tx); /* guest_tx (@tx) or guest_rx is without its socket */
 int udp_work(struct egress *e, uint32_t i);
 
 int icmp_init(struct egress *e);

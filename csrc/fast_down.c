@@ -58,7 +58,7 @@ struct fast_down *fast_down_new(struct rn_stage *s, void *flows, uint64_t flows_
 	d->out = out;
 	d->me = rn_owner(s->row);
 	d->egress = rn_owner(s->out_row[RN_ROLE_BRIDGE]);
-	d->run = d->run_tail = d->watch = NONE;
+	d->run = d->run_tail = d->watch = d->lacks = NONE;
 	d->frame = 65535u - RN_IP4_HLEN - RN_TCP_HLEN;
 	d->flow = calloc(d->nflows, sizeof(*d->flow));
 	if (!d->flow || rn_flows_size(d->nflows) > flows_size) {
@@ -151,7 +151,7 @@ void fast_down_free(struct fast_down *d)
 	free(d);
 }
 
-/* A socket came. 0 or -errno. */
+/* A socket came. 0 or -errno: it is still the caller's. */
 static int take_in(struct fast_down *d, const struct rn_pass *p, int fd)
 {
 	struct down_flow *q = &d->flow[p->index];
@@ -177,22 +177,45 @@ static int take_in(struct fast_down *d, const struct rn_pass *p, int fd)
 	return 0;
 }
 
+/* As in fast_up.c; of a flow that is here already, and perhaps at work, one descriptor is enough. */
 static int take_sockets(struct fast_down *d, uint32_t i, uint32_t gen)
 {
 	for (;;) {
-		struct rn_pass p;
-		int fd = rn_fdpass_recv(d->cfg.flows_fd, &p), err;
+		struct rn_pass p = { .index = NONE };
+		int fd = rn_fdpass_recv(d->cfg.flows_fd, &p), wanted = p.index == i && p.gen == gen, err = 0;
 
-		if (fd < 0)
-			return fd;
-		err = p.index < d->nflows ? take_in(d, &p, fd) : -EPROTO;
-		if (err) {
-			close(fd);
+		if (fd < 0) {
+			if (!wanted && (fd == -EMFILE || fd == -EPROTO))
+				continue; /* another's */
 			d->s->c[RN_C_promote_failed]++;
+			return fd;
 		}
-		if (p.index == i && p.gen == gen)
+		if (!rn_pass_current(&p, d->flows, d->nflows, d->s->session, d->s->out_row[RN_ROLE_BRIDGE])) {
+			d->s->c[RN_C_promote_stale]++;
+			err = -ESTALE;
+		} else if (!d->flow[p.index].proto || d->flow[p.index].gen != p.gen) {
+			err = take_in(d, &p, fd);
+			d->s->c[RN_C_promote_failed] += err != 0;
+			fd = err ? fd : -1;
+		}
+		if (fd >= 0)
+			close(fd);
+		if (wanted)
 			return err;
 	}
+}
+
+/* Flow @i was offered and its socket is not here: egress is told as soon as there is room. */
+static void lacks(struct fast_down *d, uint32_t i, uint32_t gen)
+{
+	struct down_flow *q = &d->flow[i];
+
+	q->lacks_gen = gen;
+	if (q->lacks)
+		return;
+	q->lacks = 1;
+	q->lacks_next = d->lacks;
+	d->lacks = i;
 }
 
 /* Down is egress's again. The half is claimed. 0, or -EAGAIN: no room to tell it, so it stays ours for now. */
@@ -214,16 +237,12 @@ static void offered(struct fast_down *d, uint32_t i, uint32_t gen)
 	struct down_flow *q = &d->flow[i];
 	int err = q->proto && q->gen == gen ? 0 : take_sockets(d, i, gen);
 
+	if (err) /* without its socket we cannot */
+		lacks(d, i, gen);
 	if (!rn_half_claim(&f->down.owner, d->me))
 		return; /* taken back, or another flow's by now */
-	if (f->gen != gen) {
-		rn_half_leave(&f->down.owner, d->me);
-		return;
-	}
-	if (err) { /* without its socket we cannot */
-		d->s->c[RN_C_promote_failed]++;
-		if (give_back(d, i))
-			rn_half_leave(&f->down.owner, d->egress); /* egress finds it out with the guest's next segment */
+	if (f->gen != gen || err) {
+		rn_half_leave(&f->down.owner, f->gen == gen ? d->egress : d->me);
 		return;
 	}
 	if (q->proto == RN_IPPROTO_UDP)
@@ -316,7 +335,7 @@ static int take_acks(struct fast_down *d, uint32_t i, struct rn_flow *f, uint64_
 }
 
 /* One frame of at most @max bytes. Bytes sent, 0: the end, -errno. */
-static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint32_t max)
+static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint32_t max, uint32_t mss)
 {
 	struct down_flow *q = &d->flow[i];
 	uint8_t *eth = d->buf + BUF_ETH, *data = eth + HEADERS;
@@ -333,7 +352,7 @@ static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint
 	struct rn_tcpseg t = {
 		.seq = seq, .ack = ack, .flags = RN_TH_ACK | ((uint32_t)n < max ? RN_TH_PSH : 0),
 		.wnd = rn_tcp_window_field(RN_LOOK(f->up.rcv_adv) - ack, q->scaled), .ip_id = d->ip_id++, .len = (uint32_t)n,
-		.mss = f->down.mss, .gateway_mac = d->cfg.gateway_mac, .offload = d->cfg.offload,
+		.mss = mss, .gateway_mac = d->cfg.gateway_mac, .offload = d->cfg.offload,
 	};
 
 	len = rn_tcpseg_build(f, &t, eth, &v);
@@ -359,12 +378,12 @@ static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint
 }
 
 /* Before letting go of a flow that stopped: what it must be told of. 1: news came meanwhile, go on; 0: let go. */
-static int ask(struct rn_flow *f, uint32_t flight, int full, uint64_t seen)
+static int ask(struct rn_flow *f, uint32_t mss, uint32_t flight, int full, uint64_t seen)
 {
 	uint32_t want = RN_WANT_NOTHING;
 
 	if (full) {
-		want = f->down.snd_wnd > f->down.mss && flight ? RN_WANT_ACK : RN_WANT_ANY;
+		want = f->down.snd_wnd > mss && flight ? RN_WANT_ACK : RN_WANT_ANY;
 		atomic_store_explicit(&f->acks.want_ack, f->down.snd_una + (flight + 3) / 4, memory_order_relaxed);
 	} else if (flight > TAKE_OUT) {
 		want = RN_WANT_ACK;
@@ -386,7 +405,7 @@ static int pump(struct fast_down *d, uint32_t i)
 {
 	struct down_flow *q = &d->flow[i];
 	struct rn_flow *f = &d->flows->flow[i];
-	uint32_t left = QUANTUM;
+	uint32_t left = QUANTUM, mss;
 	int r = 0, back = 0;
 
 	if (!rn_half_claim(&f->down.owner, d->me)) {
@@ -395,6 +414,7 @@ static int pump(struct fast_down *d, uint32_t i)
 	}
 	if (f->gen != q->gen)
 		goto leave;
+	mss = rn_tcp_mss(f->down.mss, d->cfg.mtu);
 	for (;;) {
 		uint64_t w = atomic_load_explicit(&f->acks.ack_wnd, memory_order_acquire); /* K2, pairs K1 */
 		uint32_t flight, room, max;
@@ -408,12 +428,12 @@ static int pump(struct fast_down *d, uint32_t i)
 		flight = f->down.snd_nxt - f->down.snd_una;
 		room = f->down.snd_wnd > flight ? f->down.snd_wnd - flight : 0;
 		/* Silly window avoidance, the sender's side (RFC 9293 3.8.6.2.1), as in tcp_down.c. */
-		if (!room || (flight && room < f->down.mss && room < q->wnd_max / 2))
+		if (!room || (flight && room < mss && room < q->wnd_max / 2))
 			full = q->readable;
 		if (full || !q->readable) {
 			rn_wait_set(&f->down.wait, &f->down.wait_ns,
 				    !full ? RN_WAIT_NONE : f->down.snd_wnd ? RN_WAIT_ACK : RN_WAIT_WINDOW, d->s->now);
-			if (ask(f, flight, full, w))
+			if (ask(f, mss, flight, full, w))
 				continue;
 			if (flight || full)
 				watch(d, i);
@@ -421,10 +441,10 @@ static int pump(struct fast_down *d, uint32_t i)
 				unwatch(d, i);
 			break;
 		}
-		max = room < d->frame ? room : d->frame / f->down.mss * f->down.mss;
-		if (!d->cfg.offload && max > f->down.mss)
-			max = f->down.mss;
-		n = send_one(d, i, f, max);
+		max = room < d->frame ? room : d->frame / mss * mss;
+		if (!d->cfg.offload && max > mss)
+			max = mss;
+		n = send_one(d, i, f, max, mss);
 		if (n == -EAGAIN) {
 			q->readable = 0;
 			back = q->hup;
@@ -508,6 +528,11 @@ int fast_down_turn(struct fast_down *d)
 			d->reset = 0;
 			did = 1;
 		}
+	}
+	while (RN_UNLIKELY(d->lacks != NONE) &&
+	       !rn_stage_notice(d->s, RN_ROLE_BRIDGE, rn_fn_flags(RN_FN_LACKS), d->lacks, d->flow[d->lacks].lacks_gen)) {
+		d->flow[d->lacks].lacks = 0;
+		d->lacks = d->flow[d->lacks].lacks_next;
 	}
 	if (d->waiting) {
 		if (!d->out(d->s, d->buf + BUF_ETH, d->waiting))

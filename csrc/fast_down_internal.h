@@ -24,11 +24,12 @@ struct down_flow {
 	uint64_t since;	  /* of the last progress, or of the first byte in flight; CLOCK_MONOTONIC ns */
 	uint32_t run_next;
 	uint32_t watch_next, watch_prev;
+	uint32_t lacks_next, lacks_gen; /* as in fast_up_internal.h */
 	uint8_t proto, peek_off, scaled;
 	uint8_t readable; /* 1: the socket may have bytes not peeked at */
 	uint8_t hup;	  /* 1: its end was told; a peek that finds nothing is that end */
 	uint8_t urgent;	  /* 1: urgent data came: egress's */
-	uint8_t running, watched; /* in the lists */
+	uint8_t running, watched, lacks; /* in the lists */
 };
 
 struct fast_down {
@@ -40,7 +41,7 @@ struct fast_down {
 	uint32_t me, egress; /* owner words */
 	uint32_t frame;	     /* payload bytes of the largest frame */
 	struct down_flow *flow; /* same index as in the table */
-	uint32_t run, run_tail, watch;
+	uint32_t run, run_tail, watch, lacks;
 	uint64_t watch_at;
 	uint16_t ip_id;
 	uint8_t reset;	  /* 1: egress is still to be told that this is a new process */

@@ -71,7 +71,7 @@ struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void
 	u->egress = rn_owner(s->in_row[0]);
 	u->rx = rn_owner(s->out_row[RN_ROLE_GUEST]);
 	u->key = u->flows->secret[0] | 1;
-	u->owed = u->late = u->late_tail = u->barrier = NONE;
+	u->owed = u->late = u->late_tail = u->lacks = u->barrier = NONE;
 	while (nhash < u->nflows * 2)
 		nhash *= 2;
 	u->hash_mask = nhash - 1;
@@ -168,53 +168,75 @@ static void let_go(struct fast_up *u, uint32_t i)
 		u->barrier = NONE;
 }
 
-/* Sockets that came; until flow @i's is here. */
+static void take_in(struct fast_up *u, const struct rn_pass *p, int fd)
+{
+	struct fast_flow *ff = &u->flow[p->index];
+	const struct rn_flow *f = &u->flows->flow[p->index];
+	uint16_t port;
+	uint32_t b;
+
+	if (ff->proto)
+		let_go(u, p->index);
+	ff->fd = fd;
+	ff->gen = p->gen;
+	ff->proto = p->proto;
+	ff->scaled = p->window_scaled;
+	ff->in_turn = 0;
+	ff->misses = 0;
+	ff->sndbuf = 0;
+	ff->df = p->df;
+	ff->slow = 0;
+	ff->to = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons(p->peer_port) };
+	memcpy(&ff->to.sin_addr, p->host4, 4);
+	memcpy(&ff->guest4, f->guest_addr + 12, 4);
+	memcpy(&ff->peer4, p->peer4, 4);
+	port = htons(f->guest_port);
+	memcpy(&ff->ports, &port, 2);
+	port = htons(p->peer_port);
+	memcpy((uint8_t *)&ff->ports + 2, &port, 2);
+	b = bucket(u, ff->guest4, ff->peer4, ff->ports, ff->proto);
+	ff->hash_next = u->hash[b];
+	u->hash[b] = p->index + 1;
+	u->n++;
+}
+
+/* Sockets that came; until flow @i's is here. 0, or -errno: it did not come. */
 static int take_sockets(struct fast_up *u, uint32_t i, uint32_t gen)
 {
 	for (;;) {
-		struct rn_pass p;
-		struct fast_flow *ff;
-		const struct rn_flow *f;
-		uint16_t port;
-		int fd = rn_fdpass_recv(u->cfg.flows_fd, &p);
+		struct rn_pass p = { .index = NONE };
+		int fd = rn_fdpass_recv(u->cfg.flows_fd, &p), wanted = p.index == i && p.gen == gen;
 
 		if (fd < 0) {
+			if (!wanted && (fd == -EMFILE || fd == -EPROTO))
+				continue; /* another's */
 			u->s->c[RN_C_promote_failed]++;
 			return fd;
 		}
-		if (p.index >= u->nflows) {
+		if (!rn_pass_current(&p, u->flows, u->nflows, u->s->session, u->s->in_row[0])) {
+			u->s->c[RN_C_promote_stale]++;
 			close(fd);
+			if (wanted)
+				return -ESTALE;
 			continue;
 		}
-		ff = &u->flow[p.index];
-		if (ff->proto)
-			let_go(u, p.index);
-		f = &u->flows->flow[p.index];
-		ff->fd = fd;
-		ff->gen = p.gen;
-		ff->proto = p.proto;
-		ff->scaled = p.window_scaled;
-		ff->in_turn = 0;
-		ff->misses = 0;
-		ff->sndbuf = 0;
-		ff->df = p.df;
-		ff->slow = 0;
-		ff->to = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons(p.peer_port) };
-		memcpy(&ff->to.sin_addr, p.host4, 4);
-		memcpy(&ff->guest4, f->guest_addr + 12, 4);
-		memcpy(&ff->peer4, p.peer4, 4);
-		port = htons(f->guest_port);
-		memcpy(&ff->ports, &port, 2);
-		port = htons(p.peer_port);
-		memcpy((uint8_t *)&ff->ports + 2, &port, 2);
-		uint32_t b = bucket(u, ff->guest4, ff->peer4, ff->ports, ff->proto);
-
-		ff->hash_next = u->hash[b];
-		u->hash[b] = p.index + 1;
-		u->n++;
-		if (p.index == i && p.gen == gen)
+		take_in(u, &p, fd);
+		if (wanted)
 			return 0;
 	}
+}
+
+/* Flow @i was offered and its socket is not here: egress is told as soon as there is room. */
+static void lacks(struct fast_up *u, uint32_t i, uint32_t gen)
+{
+	struct fast_flow *ff = &u->flow[i];
+
+	ff->lacks_gen = gen;
+	if (ff->lacks)
+		return;
+	ff->lacks = 1;
+	ff->lacks_next = u->lacks;
+	u->lacks = i;
 }
 
 void fast_up_notice(struct fast_up *u, const struct rn_desc *d)
@@ -228,7 +250,8 @@ void fast_up_notice(struct fast_up *u, const struct rn_desc *d)
 	switch (rn_fn_of(d)) {
 	case RN_FN_OFFER:
 		if (!u->flow[i].proto || u->flow[i].gen != d->len)
-			(void)take_sockets(u, i, d->len); /* counted; without it the flow stays with egress */
+			if (take_sockets(u, i, d->len))
+				lacks(u, i, d->len);
 		break;
 	case RN_FN_CLOSE:
 		if (u->flow[i].proto && u->flow[i].gen == d->len)
@@ -293,7 +316,7 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 	struct fast_flow *ff = &u->flow[i];
 	const uint8_t *th = eth + p->l4_off;
 	uint32_t seq = rn_get32(th + RN_TCP_SEQ), ack = rn_get32(th + RN_TCP_ACK), len = p->payload_len;
-	uint32_t wnd = (uint32_t)rn_get16(th + RN_TCP_WND) << f->down.wscale;
+	uint32_t wnd = (uint32_t)rn_get16(th + RN_TCP_WND) << rn_tcp_shift(f->down.wscale);
 	uint64_t known = atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed);
 	int32_t ahead = (int32_t)(ack - rn_acks_ack(known));
 	int lost = 0;
@@ -451,6 +474,10 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 	}
 	room = ff->sndbuf / 4 * 3; /* the rest is for the kernel's bookkeeping; what does not fit all the same is parked */
 	room = room > (uint32_t)out ? room - (uint32_t)out : 0;
+	/* The kernel, which counts its bookkeeping, told of room: a third of the buffer. It tells of the same room once more if
+	 * asked, and of more only when this was used. So the guest gets it, and nobody looks again until it did something. */
+	if (ff->told_window && room < ff->sndbuf / 4)
+		room = ff->sndbuf / 4;
 	if (room > limit)
 		room = limit;
 	edge = f->up.rcv_nxt + room;
@@ -459,13 +486,8 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 		wnd = room;
 		moved = 1;
 	}
-	if (wnd < ff->sndbuf / 4 && wnd < limit && ff->watched != 2) {
-		/* Told of room just now, and it is little: the kernel would tell of the same again at once, and again. */
-		if (ff->told_window)
-			make_late(u, i);
-		else
-			watch_room(u, i);
-	}
+	if (wnd < ff->sndbuf / 4 && wnd < limit && ff->watched != 2 && !ff->told_window)
+		watch_room(u, i);
 	rn_wait_set(&f->up.wait, &f->up.wait_ns, out && wnd < 2u * mtu ? RN_WAIT_HOST : RN_WAIT_NONE, u->s->now);
 	return moved;
 }
@@ -507,8 +529,13 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 	uint32_t acked;
 	int r = 0, moved;
 
-	if (!ff->proto || !rn_half_claim(&f->up.owner, u->me))
+	if (!ff->proto)
+		return 0;
+	if (!rn_half_claim(&f->up.owner, u->me)) {
+		if (ff->told_window)
+			make_late(u, i); /* room that the kernel tells of once */
 		return 0; /* egress has it, and acknowledges what it finds unacknowledged */
+	}
 	if (f->gen != ff->gen)
 		goto leave;
 	moved = update_window(u, i, f);
@@ -550,6 +577,11 @@ leave:
 int fast_up_flush(struct fast_up *u)
 {
 	fast_udp_flush(u);
+	while (RN_UNLIKELY(u->lacks != NONE) &&
+	       !rn_stage_notice(u->s, u->way, rn_fn_flags(RN_FN_LACKS), u->lacks, u->flow[u->lacks].lacks_gen)) {
+		u->flow[u->lacks].lacks = 0;
+		u->lacks = u->flow[u->lacks].lacks_next;
+	}
 	while (u->owed != NONE) {
 		uint32_t i = u->owed;
 		struct fast_flow *ff = &u->flow[i];

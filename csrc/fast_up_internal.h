@@ -33,6 +33,8 @@ struct fast_flow {
 	uint8_t slow;	       /* UDP: 1: what the host refused is egress's to explain */
 	uint8_t df;	       /* UDP: what the socket does about the DF bit; other datagrams are egress's */
 	uint32_t misses;       /* early segments in a row */
+	uint32_t lacks_next, lacks_gen; /* of one whose socket did not come, while egress is to be told */
+	uint8_t lacks;
 	uint32_t sndbuf;
 };
 
@@ -48,6 +50,7 @@ struct fast_up {
 	uint32_t *hash, hash_mask;
 	uint64_t key; /* of the hash: the guest chooses ports */
 	uint32_t owed, late, late_tail; /* lists; late: oldest first */
+	uint32_t lacks;			/* likewise */
 	uint32_t barrier; /* flow that asks for one, or NONE */
 	uint64_t barrier_until; /* 0: none is out */
 	uint16_t ip_id;

@@ -14,8 +14,12 @@ struct said {
 	uint8_t notice, tx;
 };
 
+#define HOLD_MIN_NS 100000000ull /* after a stage had no descriptor for a socket it is offered no other for so long, */
+#define HOLD_MAX_NS 10000000000ull /* doubled each time that it still has none */
+
 struct promote {
 	struct egress_promote cfg;
+	uint64_t hold_ns[2], held_until[2]; /* guest_rx, guest_tx */
 	struct said *late; /* notices for which there was no room, oldest at first */
 	uint32_t first, n, cap;
 };
@@ -106,8 +110,13 @@ int promote_offer(struct egress *e, uint32_t i, int tx, const struct rn_pass *p)
 	uint8_t has = tx ? FP_TX : FP_RX;
 
 	if (!(q->fast & has)) {
-		int r = rn_fdpass_send(tx ? e->fast->cfg.tx_fd : e->fast->cfg.rx_fd, p, q->fd);
+		struct rn_pass mine = *p;
+		int r;
 
+		if (e->s->now < e->fast->held_until[!!tx])
+			return -EBUSY;
+		mine.sender = (uint16_t)e->s->generation;
+		r = rn_fdpass_send(tx ? e->fast->cfg.tx_fd : e->fast->cfg.rx_fd, &mine, q->fd);
 		if (r)
 			return r;
 		q->fast |= has;
@@ -116,23 +125,45 @@ int promote_offer(struct egress *e, uint32_t i, int tx, const struct rn_pass *p)
 	return 0;
 }
 
+/* guest_tx or guest_rx is without the flow's socket. It is told to close it all the same: what was offered to a killed
+ * process may reach its successor after this. */
+static void stop_sharing(struct egress *e, uint32_t i, int tx)
+{
+	struct flow_priv *q = &e->priv[i];
+
+	promote_notice(e, i, RN_FN_CLOSE, tx, eg_flow(e, i)->gen);
+	if (q->proto == RN_IPPROTO_TCP) {
+		tcp_take_back(e, i);
+		q->fast &= (uint8_t)~(tx ? FP_TX : FP_RX);
+		eg_work(e, i, 0); /* and is offered again when it is settled */
+	} else {
+		udp_unshare(e, i, tx);
+	}
+}
+
 void promote_reset(struct egress *e, int tx)
 {
-	uint8_t has = tx ? FP_TX : FP_RX;
+	for (uint32_t i = 0; i < e->fresh; i++)
+		if (e->priv[i].proto && (e->priv[i].fast & (tx ? FP_TX : FP_RX)))
+			stop_sharing(e, i, tx);
+}
 
-	for (uint32_t i = 0; i < e->fresh; i++) {
-		struct flow_priv *q = &e->priv[i];
+void promote_lacks(struct egress *e, uint32_t i, int tx)
+{
+	struct promote *f = e->fast;
+	int k = !!tx;
 
-		if (!q->proto || !(q->fast & has))
-			continue;
-		if (q->proto == RN_IPPROTO_TCP) {
-			tcp_take_back(e, i);
-			q->fast &= (uint8_t)~has;
-			eg_work(e, i, 0); /* and is offered again when it is settled */
-		} else {
-			udp_reset(e, i, tx);
-		}
+	e->s->c[RN_C_promote_lacking]++;
+	if (e->s->now >= f->held_until[k]) { /* else it was sent before that */
+		uint64_t quiet = e->s->now - f->held_until[k];
+
+		f->hold_ns[k] = quiet > 4 * HOLD_MAX_NS || !f->hold_ns[k] ? HOLD_MIN_NS : f->hold_ns[k] * 2;
+		if (f->hold_ns[k] > HOLD_MAX_NS)
+			f->hold_ns[k] = HOLD_MAX_NS;
+		f->held_until[k] = e->s->now + f->hold_ns[k];
 	}
+	if (e->priv[i].fast & (tx ? FP_TX : FP_RX))
+		stop_sharing(e, i, tx);
 }
 
 void promote_close(struct egress *e, uint32_t i)

@@ -17,7 +17,7 @@ struct rn_pass {
 	uint8_t peer4[4];    /* the peer as the guest calls it, */
 	uint8_t host4[4];    /* UDP: where datagrams to it go, */
 	uint16_t peer_port;  /* and its port, host order */
-	uint16_t reserved;
+	uint16_t sender;     /* generation of the egress that sent it, its low bits */
 };
 _Static_assert(sizeof(struct rn_pass) == 24, "no padding: the bytes are a message");
 

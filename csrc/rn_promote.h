@@ -14,13 +14,20 @@
  *          (duplicate, SACK) is egress's, which takes the half back first.
  *
  * Notices are descriptors with RN_DESC_FLOW in the same rings as the frames, so that order is kept; descriptors of
- * sockets come by SCM_RIGHTS over a socket pair from egress (rn_fdpass.h), sent before the notice.
+ * sockets come by SCM_RIGHTS over a socket pair from egress (rn_fdpass.h), sent before the notice. So both queues have one
+ * order, and the first offer of a flow finds its socket; unless a process was killed between the two. Then what is found is
+ * looked at (rn_pass_current()), and what is missing is said (RN_FN_LACKS).
+ *
+ * A stage without descriptors left says so of each flow. egress offers it none for a while, longer each time.
  */
 #ifndef RN_PROMOTE_H
 #define RN_PROMOTE_H
 
+#include "rn_fdpass.h"
 #include "rn_flow.h"
+#include "rn_proto.h"
 #include "rn_ring.h"
+#include "rn_session.h"
 
 #include <sched.h>
 
@@ -31,6 +38,7 @@ enum rn_flow_notice { /* rn_desc: off RN_NOTICE_OFF | flow's index, len its gene
 	RN_FN_ACKS,	 /* guest_tx or egress to guest_rx: what the owner of down waited for is in struct rn_acks */
 	RN_FN_BARRIER,	 /* guest_tx through classify to egress: every earlier segment of the flow is ahead of this, */
 	RN_FN_BARRIER_OVER, /* egress to guest_tx: and was dealt with */
+	RN_FN_LACKS, /* guest_tx (through classify, or beside it) or guest_rx to egress: the socket did not come, or could not be held */
 	RN_FN_RESET /* I am a new process. guest_tx (through classify) or guest_rx to egress: I have no sockets. egress to both:
 		     * forget all flows */
 };
@@ -113,6 +121,24 @@ static inline int rn_half_heir(_Atomic uint32_t *owner, uint32_t dead, uint32_t 
 	/* Nobody else changes it while BUSY is set; without it, egress may, and then it has it. */
 	return atomic_compare_exchange_strong_explicit(owner, &now, to, memory_order_acq_rel, memory_order_relaxed) &&
 	       (now & RN_OWNER_BUSY);
+}
+
+/* --- sockets --- */
+
+/* Does the packet @p name a flow that is there, and come from the egress that is? Else it is left over: of a flow that ended,
+ * or of a process that was killed, and nobody will say when to close what came with it. */
+static inline int rn_pass_current(const struct rn_pass *p, const struct rn_flows *flows, uint32_t nflows,
+				  const struct rn_session *session, uint32_t egress_row)
+{
+	const struct rn_flow *f;
+
+	if (p->index >= nflows || (p->proto != RN_IPPROTO_TCP && p->proto != RN_IPPROTO_UDP))
+		return 0;
+	f = &flows->flow[p->index];
+	if (f->gen != p->gen || atomic_load_explicit(&f->state, memory_order_relaxed) == RN_FL_FREE)
+		return 0; /* egress made the flow before it sent this: the system calls order the two */
+	return !session ||
+	       (uint16_t)atomic_load_explicit(&session->cells[egress_row].generation, memory_order_relaxed) == p->sender;
 }
 
 /* --- fields another stage reads while the owner writes them: whole words, any of them true a moment ago --- */

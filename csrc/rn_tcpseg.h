@@ -5,6 +5,7 @@
 #include "rn_flow.h"
 #include "rn_proto.h"
 
+#define RN_TCP_MSS_MIN 64u /* below, headers are all */
 #define RN_TCP_WSCALE 7u /* our shift: 8 MiB, above the kernel's largest send buffer estimate (RFC 7323 2.2) */
 
 struct rn_tcpseg {
@@ -31,6 +32,19 @@ void rn_ip4_build(uint8_t *eth, const uint8_t to_mac[6], const uint8_t from_mac[
 /* UDP header at @udp for @len bytes of payload behind it; @partial: the link completes the checksum. */
 void rn_udp_build(uint8_t *udp, uint16_t sport, uint16_t dport, const uint8_t src[4], const uint8_t dst[4], uint32_t len,
 		  int partial);
+
+/* What of the guest's options is in the flow table, which others write too: held to what a connection can have, so that a
+ * torn entry costs its flow and nothing else. */
+static inline uint32_t rn_tcp_mss(uint16_t told, uint32_t mtu)
+{
+	uint32_t own = mtu - RN_IP4_HLEN - RN_TCP_HLEN;
+
+	return told < RN_TCP_MSS_MIN ? RN_TCP_MSS_MIN : told > own ? own : told;
+}
+static inline uint32_t rn_tcp_shift(uint8_t told) /* RFC 7323 2.3: 14 at most */
+{
+	return told > 14 ? 14 : told;
+}
 
 /* What the window field says of @wnd bytes. */
 static inline uint16_t rn_tcp_window_field(uint32_t wnd, int scaled)

@@ -997,13 +997,16 @@ static void take_frame(struct egress *e, uint32_t input, const struct rn_desc *d
 static void take_notice(struct egress *e, const struct rn_desc *d, uint32_t row)
 {
 	uint32_t i = rn_fn_flow(d);
+	int tx = row != e->s->out_row[RN_ROLE_GUEST]; /* guest_tx's come by classify, or by a ring of its own */
 
-	if (i >= e->fresh || !e->fast) {
+	if (!e->fast || (i >= e->fresh && rn_fn_of(d) != RN_FN_RESET)) {
 		e->s->c[RN_C_drop_bad_descriptor]++;
 		return;
 	}
 	if (rn_fn_of(d) == RN_FN_RESET)
-		promote_reset(e, row != e->s->out_row[RN_ROLE_GUEST]); /* guest_tx's comes by classify */
+		promote_reset(e, tx);
+	else if (rn_fn_of(d) == RN_FN_LACKS && e->priv[i].proto && eg_flow(e, i)->gen == d->len)
+		promote_lacks(e, i, tx);
 	else if (e->priv[i].proto == RN_IPPROTO_TCP && eg_flow(e, i)->gen == d->len)
 		tcp_notice(e, i, rn_fn_of(d));
 	else if (e->priv[i].proto == RN_IPPROTO_UDP && eg_flow(e, i)->gen == d->len)

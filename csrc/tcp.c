@@ -231,6 +231,8 @@ int tcp_work(struct egress *e, uint32_t i)
 	}
 	if (p->fast) /* what is to be done here is done with halves of our own */
 		tcp_take_up(e, i);
+	if (RN_UNLIKELY(p->work & W_RST))
+		return 1;
 	if (p->work & W_SYN) {
 		if (get_state(f) == RN_FL_SYN_SENT && tcp_send_syn(e, i))
 			return -1;
@@ -287,6 +289,9 @@ int tcp_work(struct egress *e, uint32_t i)
 		p->work &= ~(uint32_t)W_PROBE;
 	}
 	if (p->work & W_ACK) {
+		/* guest_tx looks at the window when a segment came to it; this one came here, and may be a probe. */
+		if ((p->fast & FP_TX) && p->fd >= 0 && !(f->up.fin & RN_FIN_SEEN))
+			(void)tcp_update_window(e, i);
 		if (tcp_send_ack(e, i, ack_seq(f)))
 			return -1;
 		p->work &= ~(uint32_t)W_ACK;
@@ -319,6 +324,8 @@ void tcp_event(struct egress *e, uint32_t i, uint32_t events)
 		/* Room for what is parked, which is up's, and ours while it is; or the socket's end. */
 		if (events & (EPOLLERR | EPOLLHUP | EPOLLRDHUP | EPOLLPRI | EPOLLIN))
 			tcp_take_back(e, i);
+		if (p->work & W_RST)
+			return;
 	}
 	if (get_state(f) == RN_FL_SYN_SENT) {
 		tcp_in_event(e, i, events);
@@ -678,6 +685,8 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	int old, beyond, keep_data = 1;
 
 	tcp_take_up(e, i);
+	if (p->work & W_RST)
+		return;
 	if ((p->fast & FP_DOWN) && !tcp_pass_ack(e, i, sg, fr->l4_hlen)) {
 		tcp_take_down(e, i);
 		if (p->work & W_RST)

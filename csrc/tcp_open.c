@@ -60,14 +60,8 @@ uint32_t tcp_isn(struct egress *e, const struct rn_flow *f)
 
 uint16_t tcp_clamp_mss(const struct egress *e, uint16_t mss)
 {
-	uint32_t own = e->cfg.mtu - RN_IP4_HLEN - RN_TCP_HLEN;
-
-	/* RFC 9293 3.7.1: 536 if the option is absent. A smaller one is honoured down to 64: below, headers are all. */
-	if (!mss)
-		mss = 536;
-	if (mss < 64)
-		mss = 64;
-	return mss > own ? (uint16_t)own : mss;
+	/* RFC 9293 3.7.1: 536 if the option is absent. A smaller one is honoured down to RN_TCP_MSS_MIN. */
+	return (uint16_t)rn_tcp_mss(mss ? mss : 536, e->cfg.mtu);
 }
 
 static int start_connect(struct egress *e, uint32_t i, const uint8_t dst[4], uint16_t port)

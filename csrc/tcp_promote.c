@@ -95,15 +95,19 @@ void tcp_take_up(struct egress *e, uint32_t i)
 	if (!(p->fast & FP_LENT))
 		return;
 	rn_half_seize(&f->up.owner, rn_owner(e->s->row), stop_word(e));
+	p->fast &= (uint8_t)~FP_LENT;
+	e->s->c[RN_C_recalled_up]++;
 	if (RN_UNLIKELY(f->up.torn)) {
 		uint64_t sent;
 
 		f->up.torn = 0;
-		if (!socket_sent(p->fd, &sent))
-			f->up.rcv_nxt = p->base_rcv + (uint32_t)(sent - p->base_sent);
+		if (socket_sent(p->fd, &sent)) {
+			tcp_host_reset(e, i); /* the guest's next byte is not known: better no connection than a wrong one */
+			return;
+		}
+		eg_count(e, i, RN_C_promote_repaired);
+		RN_SHOW(f->up.rcv_nxt, p->base_rcv + (uint32_t)(sent - p->base_sent));
 	}
-	p->fast &= (uint8_t)~FP_LENT;
-	e->s->c[RN_C_recalled_up]++;
 	if (f->up.rcv_nxt != RN_LOOK(f->up.acked))
 		eg_work(e, i, W_ACK); /* guest_tx took it, and may not have said so yet */
 	/* It offers no slack, so it may have closed the window. Of room it would be told while the half is not its own, and
@@ -127,8 +131,13 @@ void tcp_take_down(struct egress *e, uint32_t i)
 		uint64_t read;
 
 		f->down.torn = 0;
-		if (!socket_read(p->fd, &read))
-			f->down.snd_una = p->base_una + (uint32_t)(read - p->base_read);
+		if (socket_read(p->fd, &read)) {
+			p->fast &= (uint8_t)~FP_DOWN;
+			tcp_host_reset(e, i);
+			return;
+		}
+		eg_count(e, i, RN_C_promote_repaired);
+		f->down.snd_una = p->base_una + (uint32_t)(read - p->base_read);
 		if (SEQ_LT(f->down.snd_nxt, f->down.snd_una))
 			f->down.snd_nxt = f->down.snd_una;
 		if (SEQ_LT(f->down.snd_max, f->down.snd_nxt))
@@ -224,7 +233,7 @@ void tcp_promote(struct egress *e, uint32_t i)
 		p->base_una = f->down.snd_una;
 	}
 	if (!(p->fast & FP_DOWN) && !(p->flags & (F_RECOVER | F_SLOW)) && !p->dupacks && f->down.snd_nxt == f->down.snd_max &&
-	    e->s->now >= p->fast_at) {
+	    e->s->now >= p->fast_at && f->down.snd_wnd && !p->backoff) { /* a closed window is probed here, ever more rarely */
 		atomic_store_explicit(&f->acks.ack_wnd, (uint64_t)f->down.snd_una << 32 | f->down.snd_wnd, memory_order_relaxed);
 		atomic_store_explicit(&f->acks.want, RN_WANT_NOTHING, memory_order_relaxed);
 		if (!promote_offer(e, i, 0, &pass)) {

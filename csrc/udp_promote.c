@@ -54,6 +54,8 @@ static void take_down(struct egress *e, uint32_t i)
 	struct flow_priv *p = &e->priv[i];
 
 	p->fast &= (uint8_t)~FP_DOWN;
+	p->got = 0;
+	rn_half_leave(&eg_flow(e, i)->down.owner, rn_owner(e->s->row));
 	(void)setsockopt(p->fd, IPPROTO_UDP, UDP_GRO, &off, sizeof(off)); /* a datagram a read from the next one on */
 	(void)eg_rewatch(e, i, EPOLLIN | EPOLLET);
 	e->s->c[RN_C_recalled_down]++;
@@ -115,7 +117,7 @@ void udp_promote(struct egress *e, uint32_t i, const struct eg_frame *f, const u
 
 void udp_notice(struct egress *e, uint32_t i, enum rn_flow_notice n)
 {
-	if (n == RN_FN_BACK && (e->priv[i].fast & FP_DOWN)) /* it has no descriptor for it */
+	if (n == RN_FN_BACK && (e->priv[i].fast & FP_DOWN))
 		take_down(e, i);
 }
 
@@ -126,13 +128,14 @@ void udp_policy_changed(struct egress *e)
 			udp_promote_end_up(e, i);
 }
 
-void udp_reset(struct egress *e, uint32_t i, int tx)
+void udp_unshare(struct egress *e, uint32_t i, int tx)
 {
 	struct flow_priv *p = &e->priv[i];
 
 	if (tx) {
 		p->fast &= (uint8_t)~(FP_TX | FP_LENT);
 		p->run = 0;
+		rn_half_leave(&eg_flow(e, i)->up.owner, rn_owner(e->s->row));
 		return;
 	}
 	p->fast &= (uint8_t)~FP_RX;

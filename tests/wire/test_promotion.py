@@ -502,6 +502,63 @@ def test_idle_promoted_flows_are_not_polled(wire: Wire) -> None:
         assert [idle_cpu(wire, s, 0.1) < 0.5 for s in STAGES] == [True] * 3
 
 
+def fill(g: GuestTcp, most: int) -> int:
+    """Push until the window is closed, or so many bytes; returns how many."""
+    sent, edge, data = 0, (g.snd_nxt + 65535) & M32, bytes(1400)
+    while sent < most:
+        room = (edge - g.snd_nxt) & M32
+        if room >= 1400:
+            g.push(data)
+            sent += 1400
+        seg = g.recv(0.0 if room >= 1400 else 0.3)
+        if seg is None and room < 1400:
+            break
+        if seg is not None and (new := (seg.ack + (seg.wnd << g.peer_wscale) - edge) & M32) < 1 << 31:
+            edge = (edge + new) & M32
+    return sent
+
+
+def test_flows_that_cannot_go_on_are_not_looked_at(wire: Wire) -> None:
+    """Servers that do not read: with the buffer full, and with as little room in it as there may be for ever."""
+    with contextlib.ExitStack() as stack:
+        most = 1 << 30
+        for k in range(9):
+            g, host = stack.enter_context(promoted(wire, mss=1400))
+            host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+            sent = fill(g, most * (100 - 4 * k) // 100)
+            most = sent if k == 0 else most
+        g.fence()
+        time.sleep(0.05)  # ACKs that wait for an answer, 4 ms
+        before = wire.counters("guest_tx")["turns"]
+        time.sleep(0.4)
+        assert wire.counters("guest_tx")["turns"] - before < 30, "a look each 4 ms would be 100"
+
+
+def test_a_flow_with_a_closed_window_is_not_offered_again(wire: Wire) -> None:
+    """RFC 9293 3.8.6.1: probed at growing intervals, in egress."""
+    with promoted(wire) as (g, host):
+        g.send(ACK, wnd=0)
+        g.fence()
+        host.sendall(b"x" * 3000)
+        gaps: list[float] = []
+        last = 0.0
+        while len(gaps) < 3:
+            seg = g.recv(DEADLINE)
+            assert seg is not None and not seg.data and seg.seq == (g.rcv_nxt - 1) & M32
+            now = time.monotonic()
+            if last:
+                gaps.append(now - last)
+            else:
+                offers = wire.counters()["promoted_down"]
+            last = now
+            g.send(ACK, wnd=0)
+        assert gaps[0] < gaps[1] < gaps[2]
+        assert wire.counters()["promoted_down"] == offers
+        g.send(ACK)
+        assert g.pull(3000) == b"x" * 3000
+        settle(wire, g, host)
+
+
 def test_a_busy_flow_starves_neither_another_nor_the_slow_path(wire: Wire) -> None:
     """ARCBOX faults 17 and 18: while one flow has megabytes to send and takes all the guest's link can carry, others'
     single bytes and what egress answers come between its frames, after no more of them than the stage's budget."""
