@@ -780,17 +780,24 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 }
 
 /* A guest may change its MAC address, but nothing vouches for a frame's: no checksum we verify covers it. One damaged
- * ACK must not send all we have to nobody, when the guest has nothing more to say; two in a row with one address do.
+ * ACK must not send all we have to nobody, when the guest has nothing more to say; two in a row with one address do. A
+ * super-frame is as good as two: the link made it of segments that agree (rn_gro.c), or no wire was in between.
  * Who else writes frames of this flow does so with a half claimed, and reads the address then: both are taken first. */
-static void hear_mac(struct egress *e, uint32_t i, const uint8_t *src)
+static void hear_mac(struct egress *e, uint32_t i, const struct eg_frame *fr)
 {
+	const uint8_t *src = fr->eth + 6;
 	struct tcp_flow *x = &e->tcp->flow[i];
 	struct rn_flow *f = eg_flow(e, i);
 	uint32_t fast = RN_LOOK(f->up.fast);
 
-	if (RN_UNLIKELY(memcmp(f->guest_mac, src, 6)) && !memcmp(x->mac_heard, src, 6) && x->mac_fast == fast) {
-		tcp_take_back(e, i);
-		memcpy(f->guest_mac, src, 6);
+	if (RN_UNLIKELY(memcmp(f->guest_mac, src, 6))) {
+		struct rn_vnet_hdr vnet;
+
+		memcpy(&vnet, fr->eth - RN_VNET_HLEN, sizeof(vnet)); /* in front of every frame in the arena */
+		if ((!memcmp(x->mac_heard, src, 6) && x->mac_fast == fast) || vnet.gso_type != RN_VNET_GSO_NONE) {
+			tcp_take_back(e, i);
+			memcpy(f->guest_mac, src, 6);
+		}
 	}
 	memcpy(x->mac_heard, src, 6);
 	x->mac_fast = fast;
@@ -869,7 +876,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 			eg_work(e, i, W_ACK); /* RFC 9293 3.10.7.4, first: not acceptable */
 			return;
 		}
-		hear_mac(e, i, fr->eth + 6);
+		hear_mac(e, i, fr);
 		set_state(f, RN_FL_ESTABLISHED);
 		e->s->c[RN_C_tcp_established]++;
 		f->down.snd_una = sg.ack;
@@ -913,7 +920,7 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 		}
 		return;
 	case RN_FL_ESTABLISHED:
-		hear_mac(e, i, fr->eth + 6);
+		hear_mac(e, i, fr);
 		if (!(e->priv[i].work & W_RST)) /* halves were taken back for it, and the host side found broken */
 			segment(e, i, fr, &sg);
 		return;

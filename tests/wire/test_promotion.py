@@ -427,7 +427,7 @@ def test_the_guest_changes_its_mac_address(wire: Wire) -> None:
     with promoted(wire) as (g, host):
         both_ways(g, host)
         g.mac = OTHER
-        for _ in range(2):
+        for _ in range(2):  # read one by one, or together: then the link makes one of them
             g.push(b"moved")
         assert read_exactly(host, 10) == b"movedmoved"
         g.wait_ack()
