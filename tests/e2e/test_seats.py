@@ -65,6 +65,17 @@ class Watch:
         client.call(api.Subscribe(events=["stage"]))
         self._client = client
 
+    def all_running(self, stages: list[str]) -> None:
+        """These come to run, in any order."""
+        left = set(stages)
+        for event in self._client.events(DEADLINE):
+            assert isinstance(event, api.StageChanged)
+            if event.state == "running":
+                left.discard(event.stage)
+            if not left:
+                return
+        raise AssertionError(f"the session ended before {left} ran")
+
     def until(self, stage: str, state: str) -> int:
         """The pid the stage had when it came to this state."""
         for event in self._client.events(DEADLINE):
