@@ -289,9 +289,6 @@ int tcp_work(struct egress *e, uint32_t i)
 		p->work &= ~(uint32_t)W_PROBE;
 	}
 	if (p->work & W_ACK) {
-		/* guest_tx looks at the window when a segment came to it; this one came here, and may be a probe. */
-		if ((p->fast & FP_TX) && p->fd >= 0 && !(f->up.fin & RN_FIN_SEEN))
-			(void)tcp_update_window(e, i);
 		if (tcp_send_ack(e, i, ack_seq(f)))
 			return -1;
 		p->work &= ~(uint32_t)W_ACK;
