@@ -8,6 +8,7 @@ repeatable to the bit, and what it reaches is known). FILE...: inputs to replay 
     classify    what classify does with any frame: parsing, ARP, reassembly        reassembly  against an oracle, byte by byte
     egress      up_segment with state, ACK processing, UDP, ICMP: a hostile guest  link        framing, guest_tx to guest_rx
                 against the whole stage with host sockets behind it
+    promote     segments and ACKs of promoted flows, with state; and a torn flow table
     dhcp, dns, control     the Python halves: messages of the guest, of resolvers, between stages (pyfuzz.py)
 """
 from __future__ import annotations
@@ -28,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 SEEDS = HERE / "seeds"  # NAME-what: inputs that once failed, and some that reach far
-C_TARGETS = ("egress", "reassembly", "link")  # fuzz_classify.c has a driver and a test of its own,
+C_TARGETS = ("egress", "promote", "reassembly", "link")  # fuzz_classify.c has a driver and a test of its own,
 LIBFUZZER_TARGETS = ("classify", *C_TARGETS)  # but not here
 PYTHON_TARGETS = ("dhcp", "dns", "control")
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer",
