@@ -3,13 +3,14 @@
 
     tools/bench/looking.py [--seconds 2] [--repeat 5] [--flows 10000] [--mtu 4000] [--json FILE]
 
-nobody         one connection, up and then down, as fast as it goes
 capture flow   `ringnet capture all --flow ...` of another connection, which says a few bytes every 10 ms
 capture link   `ringnet capture link --snaplen 96` of everything
 top            `ringnet top -i 1`, with so many UDP mappings in the table
 
-Runs alternate; the table has medians, and the median of the ratios to the run with nobody looking just before, which is
-the figure to look at. Needs root (namespaces) and iperf3; leaves nothing behind.
+Each is measured beside a run that differs in nothing but that nobody looks: the other connection speaks, the mappings are
+there. One connection, up and then down, as fast as it goes. Of the two, now one comes first, now the other. The table has medians
+with their ranges, and the ratio of the medians with the range of the ratios of neighbours. Needs root (namespaces) and
+iperf3; leaves nothing behind. Under five minutes as it is.
 """
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ import os
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spaces import REPO, inside, iperf3, namespace, sh, tcp_socket  # first: it may run this again
+from stats import Summary, ratio, summary
 
 SERVER = "198.51.100.2"
 TALK_PORT = 5300
@@ -130,31 +131,46 @@ class Session:
         subprocess.run(["ip", "netns", "exec", self.guest, sys.executable, "-c", MANY, str(self.flows)], check=True)
 
 
-def run(session: Session, seconds: float, row: str, scratch: Path) -> tuple[tuple[float, float], dict[str, float]]:
-    """(Gbit/s up and down, what the looker says of itself)."""
-    more: dict[str, float] = {}
-    if row == "nobody":
-        return session.bulk(seconds), more
+ROWS = ("capture flow", "capture link", "top")
+Moved = tuple[float, float]  # Gbit/s up and down
+
+
+def looked(session: Session, seconds: float, row: str, flow: str, scratch: Path) -> tuple[Moved, dict[str, float]]:
+    """With somebody looking: what moved, and what the looker says of itself."""
     if row == "top":
-        session.fill()
         with session.looking("top", "-i", "1", "--json") as top:
             moved = session.bulk(seconds)
             top.send_signal(signal.SIGINT)
             assert top.stdout
             looks = [json.loads(line) for line in top.stdout.read().splitlines()]
-        more = {"look_ms": statistics.median(k["took_ms"] for k in looks), "flows": max(k["flows"] for k in looks)}
-        return moved, more
+        return moved, {"look_ms": summary([k["took_ms"] for k in looks]).median, "look_ms_most": max(k["took_ms"] for k in looks),
+                       "flows": max(k["flows"] for k in looks)}
+    args = ["all", "--flow", flow] if row == "capture flow" else ["link", "--snaplen", "96"]
+    with session.looking("capture", *args, "-w", str(scratch / "c.pcapng")) as capture:
+        moved = session.bulk(seconds)
+        capture.send_signal(signal.SIGINT)
+        assert capture.stderr
+        said = capture.stderr.read()
+    return moved, {"frames": float(said.split(" frames captured")[0].split()[-1]),
+                   "lost": float(said.split("; ")[1].split()[0]) if "; " in said else 0.0}
+
+
+def pair(session: Session, seconds: float, row: str, scratch: Path, *, first: bool) -> tuple[Moved, Moved, dict[str, float]]:
+    """(nobody looking, somebody looking, what that says). first: the looker is."""
     with contextlib.ExitStack() as stack:
-        args = ["all", "--flow", stack.enter_context(session.talk())] if row == "capture flow" else \
-            ["link", "--snaplen", "96"]
-        with session.looking("capture", *args, "-w", str(scratch / "c.pcapng")) as capture:
-            moved = session.bulk(seconds)
-            capture.send_signal(signal.SIGINT)
-            assert capture.stderr
-            said = capture.stderr.read()
-        more = {"frames": float(said.split(" frames captured")[0].split()[-1]),
-                "lost": float(said.split("; ")[1].split()[0]) if "; " in said else 0.0}
-        return moved, more
+        flow = stack.enter_context(session.talk()) if row == "capture flow" else ""
+        if row == "top":
+            session.fill()
+        if first:
+            moved, said = looked(session, seconds, row, flow, scratch)
+            return session.bulk(seconds), moved, said
+        base = session.bulk(seconds)
+        moved, said = looked(session, seconds, row, flow, scratch)
+        return base, moved, said
+
+
+def shown(s: Summary) -> str:
+    return f"{s.median:.2f} [{s.low:.2f}..{s.high:.2f}]"
 
 
 def main() -> int:
@@ -165,31 +181,31 @@ def main() -> int:
     parser.add_argument("--mtu", type=int, default=4000)
     parser.add_argument("--json", metavar="FILE", default="")
     args = parser.parse_args()
-    rows = ("nobody", "capture flow", "capture link", "top")
-    seen: dict[str, list[tuple[float, float]]] = {r: [] for r in rows}
-    ratios: dict[str, list[tuple[float, float]]] = {r: [] for r in rows}
-    said: dict[str, list[dict[str, float]]] = {r: [] for r in rows}
+    base: dict[str, list[Moved]] = {r: [] for r in ROWS}
+    seen: dict[str, list[Moved]] = {r: [] for r in ROWS}
+    said: dict[str, list[dict[str, float]]] = {r: [] for r in ROWS}
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         session = Session(stack, args.mtu, args.flows)
         session.bulk(1)
-        for _ in range(args.repeat):
-            for row in rows[1:]:
-                base, _more = run(session, args.seconds, "nobody", scratch)
-                moved, more = run(session, args.seconds, row, scratch)
-                seen["nobody"].append(base)
-                seen[row].append(moved)
-                ratios[row].append((moved[0] / base[0], moved[1] / base[1]))
+        for n in range(args.repeat):
+            for row in ROWS:
+                nobody, somebody, more = pair(session, args.seconds, row, scratch, first=bool(n % 2))
+                base[row].append(nobody)
+                seen[row].append(somebody)
                 said[row].append(more)
     out = []
-    for row in rows:
-        up, down = (statistics.median(v[i] for v in seen[row]) for i in (0, 1))
-        ratio = [statistics.median(v[i] for v in ratios[row]) for i in (0, 1)] if ratios[row] else [1.0, 1.0]
-        keys = said[row][0] if said[row] else {}
-        extra = {k: statistics.median(s[k] for s in said[row]) for k in keys}
-        out.append({"row": row, "up": up, "down": down, "ratio_up": ratio[0], "ratio_down": ratio[1], **extra})
-        print(f"{row:13} up {up:6.2f} Gbit/s ({ratio[0]:.2f})  down {down:6.2f} Gbit/s ({ratio[1]:.2f})  "
-              + ", ".join(f"{k} {v:g}" for k, v in extra.items()), flush=True)
+    print("Gbit/s: median [least..most]; ratio to nobody looking: of the medians [least..most of neighbours]")
+    for row in ROWS:
+        found = {"row": row} | {k: summary([s[k] for s in said[row]]).median for k in said[row][0]}
+        for i, way in enumerate(("up", "down")):
+            without, with_ = ([m[i] for m in runs[row]] for runs in (base, seen))
+            r = ratio(with_, without)
+            assert r is not None, "nothing moved"
+            found |= {f"{way}_nobody": summary(without), way: summary(with_), f"{way}_ratio": r}
+            print(f"{row:13} {way:5} nobody {shown(summary(without)):24} looking {shown(summary(with_)):24} ratio {shown(r)}", flush=True)
+        print(f"{row:13}       " + ", ".join(f"{k} {v:g}" for k, v in found.items() if isinstance(v, float | int)), flush=True)
+        out.append(found)
     if args.json:
         Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
     return 0
