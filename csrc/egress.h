@@ -173,6 +173,8 @@ struct eg_frame {
 	uint32_t l4_hlen; /* header incl. options */
 	const uint8_t *payload;
 	uint32_t payload_len;
+	uint32_t each;	     /* UDP super-frame (rn_uso.h): payload bytes of each datagram; else 0 */
+	uint32_t ndatagrams; /* UDP: how many it is; else 1 */
 	uint8_t proto, ttl;
 	uint8_t kept; /* handler sets: buffer was kept (parked), do not free it */
 };

@@ -54,7 +54,7 @@ struct proxy_net {
 };
 struct proxy_wait { /* a datagram that waits for its association */
 	struct proxy_wait *next;
-	uint32_t len, ip_off, l4_off, payload_off, payload_len;
+	uint32_t len, ip_off, l4_off, payload_off, payload_len, each, ndatagrams;
 	uint8_t ttl;
 	uint8_t eth[];
 };
@@ -363,7 +363,7 @@ int proxy_udp_is(const struct egress *e, uint32_t i)
 
 static void refuse_udp(struct egress *e, const struct eg_frame *f)
 {
-	e->s->c[RN_C_drop_proxy_udp]++;
+	e->s->c[RN_C_drop_proxy_udp] += f->ndatagrams;
 	eg_icmp_error(e, f->eth + 6, e->cfg.gateway4, f->ip, f->len - (uint32_t)(f->ip - f->eth), RN_ICMP_UNREACH,
 		      RN_ICMP_UNREACH_ADMIN, 0);
 }
@@ -412,7 +412,7 @@ static void keep_waiting(struct egress *e, struct proxy_flow *x, const struct eg
 
 	if (x->nwait >= PROXY_WAIT_FRAMES || e->px->waiting + f->len > PROXY_WAIT_BYTES ||
 	    !(w = malloc(sizeof(*w) + f->len))) {
-		e->s->c[RN_C_drop_udp_send]++;
+		e->s->c[RN_C_drop_udp_send] += f->ndatagrams;
 		return;
 	}
 	*w = (struct proxy_wait){
@@ -421,6 +421,8 @@ static void keep_waiting(struct egress *e, struct proxy_flow *x, const struct eg
 		.l4_off = (uint32_t)(f->l4 - f->eth),
 		.payload_off = (uint32_t)(f->payload - f->eth),
 		.payload_len = f->payload_len,
+		.each = f->each,
+		.ndatagrams = f->ndatagrams,
 		.ttl = f->ttl,
 	};
 	memcpy(w->eth, f->eth, f->len);
@@ -442,6 +444,8 @@ static struct eg_frame frame_of(const struct proxy_wait *w)
 		.l4_hlen = w->payload_off - w->l4_off,
 		.payload = w->eth + w->payload_off,
 		.payload_len = w->payload_len,
+		.each = w->each,
+		.ndatagrams = w->ndatagrams,
 		.proto = RN_IPPROTO_UDP,
 		.ttl = w->ttl,
 	};
@@ -451,24 +455,15 @@ static struct eg_frame frame_of(const struct proxy_wait *w)
 static int send_up(struct egress *e, uint32_t i, const struct eg_frame *f)
 {
 	uint8_t head[10] = { 0, 0, 0, 1 }; /* RSV, FRAG 0, IPv4 */
-	struct iovec iov[2] = { { head, sizeof(head) }, { (void *)f->payload, f->payload_len } };
-	struct msghdr m = { .msg_iov = iov, .msg_iovlen = 2 };
-	struct rn_flow *fl = eg_flow(e, i);
-	ssize_t r;
+	struct iovec front = { head, sizeof(head) }; /* of each datagram of a train */
+	struct msghdr m = { .msg_iov = &front, .msg_iovlen = 1 };
+	struct rn_uso what;
 
 	memcpy(head + 4, f->ip + RN_IP4_DST, 4);
 	memcpy(head + 8, f->l4 + RN_UDP_DPORT, 2);
-	r = sendmsg(e->priv[i].fd, &m, MSG_DONTWAIT);
-	if (r < 0 && errno == ECONNREFUSED)
-		r = sendmsg(e->priv[i].fd, &m, MSG_DONTWAIT); /* the error was an earlier datagram's */
-	if (r < 0) {
-		e->s->c[RN_C_drop_udp_send]++;
-		return errno == ECONNREFUSED ? -1 : 0;
-	}
-	fl->up.bytes += f->payload_len;
-	fl->up.packets++;
-	e->s->c[RN_C_udp_up]++;
-	return 0;
+	rn_uso_send(e->priv[i].fd, &m, f->payload, f->payload_len, f->each, &what);
+	(void)udp_sent(e, i, f, &what);
+	return !what.sent && what.err == ECONNREFUSED ? -1 : 0;
 }
 
 int proxy_udp_input(struct egress *e, struct eg_frame *f)
@@ -502,7 +497,7 @@ int proxy_udp_input(struct egress *e, struct eg_frame *f)
 			return 1;
 		}
 		if (px->udp_retry[k] <= e->s->now) {
-			e->s->c[RN_C_drop_udp_table]++;
+			e->s->c[RN_C_drop_udp_table] += f->ndatagrams;
 			return 1;
 		}
 	}

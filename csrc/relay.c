@@ -117,7 +117,8 @@ static int frame_ok(struct rn_stage *s, struct relay_in *r, const uint8_t *eth, 
 		return 0;
 	}
 	memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
-	if (r->link.vnet && !rn_vnet_check(&vnet, len)) {
+	/* A UDP super-frame only where the other side takes it: its link has no way to say that it does not. */
+	if (r->link.vnet && (!rn_vnet_check(&vnet, len) || (vnet.gso_type == RN_VNET_GSO_UDP_L4 && !r->link.uso))) {
 		count(s, r->c.vnet_header, 1);
 		return 0;
 	}

@@ -39,7 +39,8 @@ struct rn_meta {
 	uint8_t flags;	      /* RN_META_* */
 	uint16_t l3_off;      /* bytes from the Ethernet header */
 	uint16_t l4_off;
-	uint32_t payload_off; /* first byte behind the TCP, UDP or ICMP header */
+	uint16_t payload_off; /* first byte behind the TCP, UDP or ICMP header */
+	uint16_t each;	      /* UDP super-frame: payload bytes of each of its datagrams, the last may have fewer; else 0 */
 	uint32_t payload_len; /* by the IP and UDP lengths: link padding is not counted */
 };
 #define RN_META_REASSEMBLED 1u /* several fragments became this frame (RFC 815) */

@@ -30,6 +30,7 @@ struct rn_link {
 	int fd;		 /* non-blocking; -1: nobody is there */
 	int kind;	 /* enum rn_link_kind */
 	int vnet;	 /* 1: 12-byte virtio-net header on every frame */
+	int uso;	 /* second NIC: 1: UDP super-frames may come from it; asked of the guest's kernel, or of the host's */
 	uint32_t frame_max; /* largest Ethernet frame either way, bytes */
 	uint32_t unfinished; /* not 0: the peer's frames may lack the header that they had (rn_unfinished.h). By it they are told
 			      * from frames of this MTU, bytes of IP */

@@ -12,6 +12,9 @@
  *   L4        header and lengths fit (RFC 9293 3.1, RFC 768, RFC 792); checksum right, unless the
  *             virtio-net header says it is partial; TCP flags a stack can send.
  *
+ * A super-frame (virtio-net header with a GSO type) is TCP over IPv4, or a train of UDP datagrams over IPv4: at most
+ * RN_USO_DATAGRAMS_MAX of them, so that no frame makes more work than Linux's own can.
+ *
  * Then: UDP to port 67 of the gateway or a broadcast (DHCP) and to port 53 of the gateway (DNS) goes to
  * services, all else to egress. TCP to gateway:53 goes to egress too, which bridges it to services.
  *
@@ -24,6 +27,7 @@
 
 #include "rn_csum.h"
 #include "rn_session.h"
+#include "rn_uso.h"
 
 #define IPOPT_END 0u  /* RFC 791 3.1 */
 #define IPOPT_NOOP 1u
@@ -120,8 +124,8 @@ int rn_vnet_check(const struct rn_vnet_hdr *h, uint32_t len)
 	}
 	if (h->gso_type == RN_VNET_GSO_NONE)
 		return 1;
-	/* USO and UFO were not negotiated; ECN is a modifier of a TCP type (virtio 1.2 5.1.6.2). */
-	if (type != RN_VNET_GSO_TCPV4 && type != RN_VNET_GSO_TCPV6)
+	/* UFO was not negotiated; ECN is a modifier of a TCP type (virtio 1.2 5.1.6.2). */
+	if (type != RN_VNET_GSO_TCPV4 && type != RN_VNET_GSO_TCPV6 && h->gso_type != RN_VNET_GSO_UDP_L4)
 		return 0;
 	return (h->flags & RN_VNET_NEEDS_CSUM) && h->gso_size && h->hdr_len <= len;
 }
@@ -208,6 +212,12 @@ static enum rn_verdict parse_udp(const struct rn_view *v, const struct rn_vnet_h
 		return RN_V_L4_TRUNCATED;
 	out->payload_off = out->l4_off + RN_UDP_HLEN;
 	out->payload_len = len - RN_UDP_HLEN;
+	if (vnet && vnet->gso_type == RN_VNET_GSO_UDP_L4) {
+		/* The lengths are those of the whole train, as Linux has them; and no more of it than Linux sends. */
+		if (len != out->l4_len || rn_uso_count(out->payload_len, vnet->gso_size) > RN_USO_DATAGRAMS_MAX)
+			return RN_V_GSO_MISMATCH;
+		out->each = out->payload_len > vnet->gso_size ? vnet->gso_size : 0;
+	}
 	/* RFC 768: a checksum field of zero means that none was made. */
 	if ((udp[RN_UDP_SUM] | udp[RN_UDP_SUM + 1]) && !csum_partial(vnet, out->l4_off, RN_UDP_SUM) &&
 	    !csum_ok(rn_csum_pseudo4(ip + RN_IP4_SRC, ip + RN_IP4_DST, RN_IPPROTO_UDP, len), udp, len))
@@ -341,10 +351,12 @@ static enum rn_verdict parse_ip4(const struct rn_view *frame, const struct rn_vn
 		return RN_V_IP_PROTOCOL;
 
 	if (vnet && vnet->gso_type != RN_VNET_GSO_NONE) {
-		/* A super-frame is whole TCP over IPv4 whose checksum is left to us, or a lie. */
-		if ((vnet->gso_type & (uint8_t)~RN_VNET_GSO_ECN) != RN_VNET_GSO_TCPV4 ||
-		    out->ip_proto != RN_IPPROTO_TCP || out->frag_off || out->frag_more ||
-		    !csum_partial(vnet, out->l4_off, RN_TCP_SUM))
+		/* A super-frame is whole TCP or UDP over IPv4 whose checksum is left to us, or a lie. */
+		int udp = vnet->gso_type == RN_VNET_GSO_UDP_L4;
+
+		if ((!udp && (vnet->gso_type & (uint8_t)~RN_VNET_GSO_ECN) != RN_VNET_GSO_TCPV4) ||
+		    out->ip_proto != (udp ? RN_IPPROTO_UDP : RN_IPPROTO_TCP) || out->frag_off || out->frag_more ||
+		    !csum_partial(vnet, out->l4_off, udp ? RN_UDP_SUM : RN_TCP_SUM))
 			return RN_V_GSO_MISMATCH;
 	}
 	if (out->frag_off || out->frag_more) {

@@ -59,6 +59,7 @@ struct rn_parsed {
 	uint32_t frag_more; /* MF */
 	uint32_t ip_proto, ttl;
 	uint32_t may_answer; /* 1: an ICMP error about it is allowed (RFC 1122 3.2.2) */
+	uint32_t each;	     /* UDP super-frame (rn_uso.h): payload bytes of each datagram, the last may have fewer; else 0 */
 };
 
 /* Index of the verdict's counter in rn_metrics.def's table, and its name; RN_NVERDICTS and up: -1, NULL. */
@@ -109,7 +110,8 @@ static inline struct rn_meta rn_meta_of(const struct rn_parsed *p, uint8_t flags
 		.flags = flags,
 		.l3_off = (uint16_t)p->l3_off,
 		.l4_off = (uint16_t)p->l4_off,
-		.payload_off = p->payload_off,
+		.payload_off = (uint16_t)p->payload_off,
+		.each = (uint16_t)p->each,
 		.payload_len = p->payload_len,
 	};
 }

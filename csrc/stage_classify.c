@@ -11,7 +11,8 @@
  *
  * Every frame taken is counted once in frames_in and once by its verdict (enum rn_verdict, plus
  * drop_services_full and drop_reply_full in place of to_services and arp_replies). A datagram put together
- * from fragments gets one verdict more: frames_in + reassembled == the sum of the verdicts.
+ * from fragments gets one verdict more, and so does each but the first that is cut out of a train for services:
+ * frames_in + reassembled + trains_cut == the sum of the verdicts.
  *
  * ICMP errors: host unreachable for the subnet's addresses nobody has, protocol unreachable (RFC 1122
  * 3.2.2.1), reassembly time exceeded (RFC 1122 3.3.2). At most ICMP_BURST at once and one each ICMP_EVERY_NS.
@@ -27,6 +28,7 @@
 #include "arp.h"
 #include "reassembly.h"
 #include "rn_csum.h"
+#include "rn_gso.h"
 
 #define BURST 64u		  /* frames a turn: bounds the time to a cancel */
 #define ICMP_BURST 32u		  /* errors */
@@ -233,6 +235,38 @@ static int service_room(struct rn_stage *s, const struct rn_view *v)
 	return room;
 }
 
+/* A train of datagrams (rn_uso.h) for services, which knows single ones: cut here. What finds no room is dropped. */
+static void service_train(struct rn_stage *s, const struct rn_view *v, const struct rn_parsed *p)
+{
+	struct rn_gso g;
+	int n = rn_gso_begin(&g, v->data - RN_VNET_HLEN, p->frame_len);
+
+	if (n < 0)
+		count(s, RN_C_drop_gso_mismatch, v);
+	for (int i = 0; i < n; i++) {
+		struct rn_parsed one = *p;
+		uint8_t head[RN_GSO_HEAD_MAX];
+		const uint8_t *payload;
+		struct rn_buf *b;
+
+		rn_gso_next(&g, head, &payload, &one.payload_len);
+		one.each = 0;
+		one.frame_len = g.hlen + one.payload_len;
+		s->c[RN_C_trains_cut] += i > 0;
+		if (!service_room(s, v))
+			continue;
+		b = rn_buf_alloc(&s->pool, one.frame_len <= RN_SMALL_FRAME_MAX ? RN_SMALL : RN_LARGE);
+		if (!b) {
+			count(s, RN_C_drop_services_full, v);
+			continue;
+		}
+		memcpy((uint8_t *)b + RN_BUF_ETH_OFF, head, g.hlen);
+		memcpy((uint8_t *)b + RN_BUF_ETH_OFF + g.hlen, payload, one.payload_len);
+		s->c[RN_C_to_services]++;
+		forward(s, RN_ROLE_SERVICE, b, (uint8_t *)b + RN_BUF_ETH_OFF, &one, 0, 0);
+	}
+}
+
 /* Take over what reassembly counted. Differences: the stage's counters may go on from an earlier generation. */
 static void count_reassembly(struct rn_stage *s, struct stage_classify *c)
 {
@@ -304,6 +338,10 @@ static int classify_one(struct rn_stage *s, struct stage_classify *c, const stru
 		forward(s, RN_ROLE_BRIDGE, b, v.data, &p, d->flags & RN_DESC_VNET, 0);
 		return 1;
 	case RN_V_SERVICE:
+		if (RN_UNLIKELY(p.each)) {
+			service_train(s, &v, &p);
+			break;
+		}
 		if (!service_room(s, &v))
 			break;
 		s->c[RN_C_to_services]++;

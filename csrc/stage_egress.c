@@ -27,6 +27,7 @@
 #include "proxy.h"
 #include "rn_csum.h"
 #include "rn_tcpseg.h"
+#include "rn_uso.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -945,6 +946,10 @@ static int check_frame(struct eg_frame *f, struct rn_buf *b, const uint8_t *eth,
 	f->l4_hlen = m.payload_off - m.l4_off;
 	f->payload = eth + m.payload_off;
 	f->payload_len = m.payload_len;
+	f->each = m.each;
+	f->ndatagrams = rn_uso_count(m.payload_len, m.each);
+	if (m.each && (m.ip_proto != RN_IPPROTO_UDP || f->ndatagrams < 2 || f->ndatagrams > RN_USO_DATAGRAMS_MAX))
+		return -EPROTO;
 	min = f->proto == RN_IPPROTO_TCP ? RN_TCP_HLEN : 8u; /* UDP and ICMP: 8 */
 	if (f->l4_hlen < min || f->l4_hlen > (f->proto == RN_IPPROTO_TCP ? 60u : 8u))
 		return -EPROTO;

@@ -92,7 +92,7 @@ static int services_parse(const uint8_t *frame, uint32_t len, const struct rn_me
 	const uint8_t *udp = rn_view_get(&v, m.l4_off, RN_UDP_HLEN);
 	const uint8_t *payload = rn_view_get(&v, m.payload_off, m.payload_len);
 
-	if (!eth || !ip || !udp || !payload || m.ip_version != 4 || m.ip_proto != RN_IPPROTO_UDP)
+	if (!eth || !ip || !udp || !payload || m.ip_version != 4 || m.ip_proto != RN_IPPROTO_UDP || m.each)
 		return -EPROTO;
 	if (m.payload_len > cap)
 		return -EMSGSIZE;

@@ -5,7 +5,8 @@
  * to 0.0.0.0; a destination of the gateway's address goes to the host's loopback and its replies come back
  * under the gateway's address.
  *
- *   up     one frame, one sendmsg(). UDP may drop, so a full socket buffer is a counted drop.
+ *   up     one frame, one sendmsg(), also of a train of datagrams (rn_uso.h). UDP may drop, so a full socket buffer is a
+ *          counted drop.
  *   down   the socket's buffer is the only queue: recvmmsg() is called when the guest's ring has room, up to
  *          16 datagrams at once, straight into frame buffers with room for the headers in front. A datagram
  *          longer than the MTU is fragmented. Where datagrams did not fit a small buffer the last time,
@@ -279,17 +280,16 @@ void udp_input(struct egress *e, struct eg_frame *f)
 	const uint8_t *gdst = f->ip + RN_IP4_DST;
 	uint16_t gport = rn_get16(f->l4 + RN_UDP_SPORT);
 	struct sockaddr_in dst = { .sin_family = AF_INET };
-	struct iovec iov = { (void *)f->payload, f->payload_len };
-	struct msghdr m = { .msg_name = &dst, .msg_namelen = sizeof(dst), .msg_iov = &iov, .msg_iovlen = 1 };
+	struct msghdr m = { .msg_name = &dst, .msg_namelen = sizeof(dst) };
 	union {
 		char raw[CMSG_SPACE(sizeof(int))];
 		struct cmsghdr align;
 	} control;
+	struct rn_uso what;
 	int to_gateway = !memcmp(gdst, e->cfg.gateway4, 4);
 	struct rn_flow *fl;
 	uint32_t i;
 	uint8_t host[4];
-	ssize_t r;
 	int err;
 
 	if (f->ttl <= 1 && !to_gateway) { /* RFC 1812 5.3.1: we are the router where it ends */
@@ -307,12 +307,13 @@ void udp_input(struct egress *e, struct eg_frame *f)
 		}
 	}
 	if (policy_denied_out(e, RN_IPPROTO_UDP, guest, gport, peer, rn_get16(f->l4 + RN_UDP_DPORT))) {
+		e->s->c[RN_C_drop_policy_out] += f->ndatagrams - 1; /* one is counted */
 		tell_unsent(e, f, EPERM, 0);
 		return;
 	}
 	err = -eg_host_addr(e, gdst, host);
 	if (err) {
-		e->s->c[RN_C_drop_udp_send]++;
+		e->s->c[RN_C_drop_udp_send] += f->ndatagrams;
 		tell_unsent(e, f, err, 0);
 		return;
 	}
@@ -337,7 +338,7 @@ void udp_input(struct egress *e, struct eg_frame *f)
 	if (i == EG_NONE)
 		i = new_mapping(e, guest, gport, f->eth + 6);
 	if (i == EG_NONE) {
-		e->s->c[RN_C_drop_udp_table]++;
+		e->s->c[RN_C_drop_udp_table] += f->ndatagrams;
 		return;
 	}
 	fl = eg_flow(e, i);
@@ -345,25 +346,27 @@ void udp_input(struct egress *e, struct eg_frame *f)
 	udp_refresh(e, i, 0);
 
 	keep_df(e, i, f);
-	r = sendmsg(e->priv[i].fd, &m, MSG_DONTWAIT);
-	if (r < 0 && errno != EAGAIN && errno != ENOBUFS) {
+	rn_uso_send(e->priv[i].fd, &m, f->payload, f->payload_len, f->each, &what);
+	if (what.err) {
 		uint32_t mtu = 0;
 
-		/* An ICMP error about an earlier datagram is returned by the next call, whatever its destination,
-		 * and then the call did not send. Only a second failure is about this datagram. */
-		read_errors(e, i, UDP_BURST, &mtu);
-		r = sendmsg(e->priv[i].fd, &m, MSG_DONTWAIT);
-		if (r < 0)
-			tell_unsent(e, f, errno, errno == EMSGSIZE ? mtu : 0);
+		if (what.err == EMSGSIZE)
+			read_errors(e, i, UDP_BURST, &mtu);
+		tell_unsent(e, f, what.err, mtu);
 	}
-	if (r < 0) {
-		e->s->c[RN_C_drop_udp_send]++;
-		return;
-	}
-	fl->up.bytes += f->payload_len;
-	fl->up.packets++;
-	e->s->c[RN_C_udp_up]++;
-	udp_promote(e, i, f, host);
+	if (udp_sent(e, i, f, &what))
+		udp_promote(e, i, f, host);
+}
+
+uint32_t udp_sent(struct egress *e, uint32_t i, const struct eg_frame *f, const struct rn_uso *what)
+{
+	struct rn_flow *fl = eg_flow(e, i);
+
+	fl->up.bytes += what->lost ? (uint64_t)what->sent * f->each : f->payload_len; /* the last one may have been shorter */
+	fl->up.packets += what->sent;
+	e->s->c[RN_C_udp_up] += what->sent;
+	e->s->c[RN_C_drop_udp_send] += what->lost;
+	return what->sent;
 }
 
 /* --- host to guest --- */

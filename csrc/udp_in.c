@@ -206,9 +206,9 @@ void udp_in_reply(struct egress *e, uint32_t i, const struct eg_frame *f)
 {
 	struct in_flow *x = &e->in->flow[i];
 	struct rn_flow *fl = eg_flow(e, i);
-	struct iovec iov = { (void *)(uintptr_t)f->payload, f->payload_len };
+	struct rn_uso what;
 	union pktinfo control = { 0 };
-	struct msghdr m = { .msg_name = &x->peer, .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
+	struct msghdr m = { .msg_name = &x->peer, .msg_control = &control,
 			    .msg_controllen = sizeof(control) };
 	struct cmsghdr *c = CMSG_FIRSTHDR(&m);
 
@@ -235,11 +235,6 @@ void udp_in_reply(struct egress *e, uint32_t i, const struct eg_frame *f)
 	}
 	memcpy(fl->guest_mac, f->eth + 6, 6);
 	udp_refresh(e, i, 1);
-	if (sendmsg(e->in->l[x->slot].fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {
-		e->s->c[RN_C_drop_udp_send]++;
-		return;
-	}
-	fl->up.bytes += f->payload_len;
-	fl->up.packets++;
-	e->s->c[RN_C_udp_up]++;
+	rn_uso_send(e->in->l[x->slot].fd, &m, f->payload, f->payload_len, f->each, &what);
+	(void)udp_sent(e, i, f, &what);
 }

@@ -5,6 +5,7 @@
 #define RN_UDP_INTERNAL_H
 
 #include "egress.h"
+#include "rn_uso.h"
 
 #include <netinet/in.h>
 #include <sys/socket.h>
@@ -36,6 +37,9 @@ void udp_deliver(struct egress *e, uint32_t i, uint32_t k, uint32_t len, const u
 void udp_make_room(struct egress *e, uint32_t fds);
 /* There was traffic; @answer: by whom the mapping was not made for. Sets the timeout. */
 void udp_refresh(struct egress *e, uint32_t i, int answer);
+
+/* A frame of flow @i's was sent to the host side, or not: counts. Returns @what->sent. */
+uint32_t udp_sent(struct egress *e, uint32_t i, const struct eg_frame *f, const struct rn_uso *what);
 
 /* udp_promote.c: a datagram was sent to @host4, which is what its destination is on the host side. */
 void udp_promote(struct egress *e, uint32_t i, const struct eg_frame *f, const uint8_t host4[4]);

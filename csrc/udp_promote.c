@@ -99,7 +99,8 @@ void udp_promote(struct egress *e, uint32_t i, const struct eg_frame *f, const u
 		p->to_port = port;
 		memcpy(p->to4, to, 4);
 	}
-	if (++p->run < cfg->after || (f->ttl < TTL_PLAIN && memcmp(to, e->cfg.gateway4, 4)))
+	p->run += f->ndatagrams;
+	if (p->run < cfg->after || (f->ttl < TTL_PLAIN && memcmp(to, e->cfg.gateway4, 4)))
 		return;
 	if (!(p->fast & FP_DOWN) && lend_down(e, i))
 		return;

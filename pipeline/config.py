@@ -566,6 +566,8 @@ class SecondNic(Struct, frozen=True, kw_only=True):
     guest_whole: bool = False  # and takes super-frames all the same
     host_kind: str
     host_vnet: bool
+    guest_uso: bool  # UDP super-frames may come from it
+    host_uso: bool
     storm: int
     row: int  # vmnet's
 
@@ -608,8 +610,9 @@ def stage_configs(s: Settings, *, link_kind: str, vnet: bool, unfinished: bool =
     if second is not None:
         largest = nic2.frame_max(second.facts)
         link2 = {"link_kind": second.guest_kind, "vnet": second.guest_vnet, "frame_max": largest}
-        made["guest_tx"]["nic2"] = link2 | {"unfinished": second.facts.mtu if second.guest_unfinished else 0}
+        made["guest_tx"]["nic2"] = link2 | {"unfinished": second.facts.mtu if second.guest_unfinished else 0,
+                                            "uso": second.guest_uso}
         made["guest_rx"]["nic2"] = link2 | {"producer": second.row, "whole": second.guest_whole}
-        made["vmnet"] = {"link_kind": second.host_kind, "vnet": second.host_vnet, "frame_max": largest,
+        made["vmnet"] = {"link_kind": second.host_kind, "vnet": second.host_vnet, "uso": second.host_uso, "frame_max": largest,
                          "storm": second.storm}
     return {name: {"type": name, **c} for name, c in made.items()}

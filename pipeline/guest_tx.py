@@ -25,6 +25,7 @@ class Nic2Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     link_kind: LinkKind
     vnet: bool
+    uso: bool  # UDP super-frames may come from it: the other side takes them
     frame_max: int
     unfinished: int = 0
 
@@ -69,7 +70,7 @@ def init(cfg: Config, ctx: StageContext) -> GuestLink:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     if cfg.nic2 is not None:
         SecondLink(ctx, lambda link2: lib.stage_guest_tx_nic2(ctx.stage, link2), kind=cfg.nic2.link_kind,
-                   vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max, unfinished=cfg.nic2.unfinished)
+                   vnet=cfg.nic2.vnet, frame_max=cfg.nic2.frame_max, unfinished=cfg.nic2.unfinished, uso=cfg.nic2.uso)
     if cfg.promote:
         _promote(cfg, ctx)
     return link

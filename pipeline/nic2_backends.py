@@ -29,15 +29,14 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from pipeline import netlink
+from pipeline import netlink, tap_offloads
 from pipeline.hostside import Backend, Host, HostSideError, LinuxBridge, Mac, tap_name
 from pipeline.nic2 import ETHERNET, MTU, PLAIN_FRAME_MAX, Facts, Nic2, Nic2SyntaxError, Route, check_mac
 from pipeline.sockets import LINK_BUFFER, widen
 
 LINE_DEADLINE = 30.0  # s for what takes some 30 ms
-_TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETVNETLE, _TUNSETOFFLOAD = 0x800454D2, 0x400454D8, 0x400454DC, 0x400454D0
+_TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETVNETLE = 0x800454D2, 0x400454D8, 0x400454DC
 _IFF_TAP, _IFF_VNET_HDR = 0x0002, 0x4000
-_OFFLOADS = 0x01 | 0x02 | 0x04  # TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 (linux/if_tun.h)
 _VNET_HLEN = 12
 
 
@@ -208,7 +207,7 @@ class Given:
                                 " IFF_NO_PI | IFF_VNET_HDR")
         fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", _VNET_HLEN))
         fcntl.ioctl(fd, _TUNSETVNETLE, struct.pack("i", 1))
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, _OFFLOADS)
+        tap_offloads.ask(fd, udp=False)  # as rn_tap_open(); SecondNic asks for more
         # It may be in another network namespace, where we do not see it.
         return name, next((k.mtu for k in netlink.links() if k.name == name and k.kind == "tun"), MTU)
 

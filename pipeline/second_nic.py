@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from ipaddress import IPv4Interface
 
-from pipeline import api
+from pipeline import api, tap_offloads
 from pipeline.config import SecondNic as StageFacts
 from pipeline.hostside import Backend, Host, HostSideError
 from pipeline.messages import Cancel, Nic2Dhcp
@@ -31,6 +31,14 @@ _TUNSETCARRIER = 0x400454E2  # linux/if_tun.h
 
 class Nic2Error(Exception):
     """It could not be started; one line."""
+
+
+def _ask(tap: int, *, udp: bool) -> bool:
+    """tap_offloads.ask(); of a tap whose interface was removed nothing comes, and to it nothing goes."""
+    try:
+        return tap_offloads.ask(tap, udp=udp)
+    except OSError:
+        return False
 
 
 class SecondNic:
@@ -99,9 +107,23 @@ class SecondNic:
 
     def stage_facts(self) -> StageFacts:
         assert self.host is not None
+        from_guest, from_host = self._ask_offloads()
         return StageFacts(facts=self.facts, guest_kind=self.link.kind, guest_vnet=self.link.vnet,
                           guest_unfinished=self.link.unfinished, guest_whole=self.link.whole, storm=self.storm,
-                          host_kind=self.host.kind, host_vnet=self.host.vnet, row=self._child.row)
+                          host_kind=self.host.kind, host_vnet=self.host.vnet, guest_uso=from_guest, host_uso=from_host,
+                          row=self._child.row)
+
+    def _ask_offloads(self) -> tuple[bool, bool]:
+        """UDP super-frames of each side, if the other takes them: may they come from the guest, from the host side? A link
+        without virtio-net headers takes all (the relay cuts them), a tap what this kernel knows, and what is behind a
+        socket with headers was never asked."""
+        assert self.host is not None
+        sides = ((self.session.granted("link2"), self.link.kind, self.link.vnet), (self.host.fd, self.host.kind, self.host.vnet))
+        guest_takes, host_takes = (_ask(fd, udp=True) if kind == "tap" else not vnet for fd, kind, vnet in sides)
+        for (fd, kind, _), other_takes in zip(sides, (host_takes, guest_takes), strict=True):
+            if kind == "tap" and not other_takes:
+                _ask(fd, udp=False)
+        return host_takes, guest_takes
 
     def started(self) -> None:
         """vmnet runs, and so does services."""
@@ -146,6 +168,7 @@ class SecondNic:
         if (before.mtu, before.mac) != (self.facts.mtu, self.facts.mac):
             raise Nic2Error(f"the host side has MTU {self.facts.mtu} and MAC address {self.facts.mac} now, the guest's"
                             f" interface {before.mtu} and {before.mac}; start a new session")
+        self._ask_offloads()
         self.session.grant("bridge", os.dup(self.host.fd))
 
     def _bring_up(self, child: Child) -> None:

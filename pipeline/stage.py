@@ -357,11 +357,11 @@ class SecondLink:
     """The second NIC's link of a stage that has it (fds: link2): as it is now, and another when the supervisor says so."""
 
     def __init__(self, ctx: StageContext, change: Callable[[CData], int], *, kind: str, vnet: bool, frame_max: int,
-                 unfinished: int = 0, whole: bool = False) -> None:
+                 unfinished: int = 0, whole: bool = False, uso: bool = False) -> None:
         """change: what gives the stage's C half a link. Raises StageError."""
         self._ctx, self._change = ctx, change
         self._made: dict[str, Any] = {"kind": kind, "vnet": vnet, "frame_max": frame_max, "unfinished": unfinished,
-                                      "whole": whole}
+                                      "whole": whole, "uso": uso}
         self._fd = -1
         if error := self._take(ctx.fds.get("link2", -1)):
             raise StageError(error)

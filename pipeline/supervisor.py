@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import fcntl
 import os
 import secrets
 import select
@@ -33,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from pipeline import api, dumps, logs
+from pipeline import api, dumps, logs, tap_offloads
 from pipeline.auto_forwards import UNSEEN, Follower
 from pipeline.config import ConfigError, LinkKind, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
@@ -86,8 +85,6 @@ from shm.ring import Ring
 if TYPE_CHECKING:
     from pipeline.second_nic import SecondNic
 
-_TUNSETOFFLOAD = 0x400454D0  # linux/if_tun.h: _IOW('T', 208, unsigned int)
-_TUN_F_OFFLOADS, _TUN_F_USO = 0x07, 0x60  # CSUM, TSO4, TSO6 (as rn_tap_open()); USO4, USO6
 _Object = TypeVar("_Object", bound=SharedObject)
 PING_GROUP_RANGE = "net.ipv4.ping_group_range"
 
@@ -317,6 +314,7 @@ class Session:
         self._listeners = Listeners()
         self._dns: socket.socket | None = None
         self._link_end: select.epoll | None = None
+        self._uso = False  # the guest's link is a tap that takes UDP super-frames, and is asked for them
         self._asked = 0
         self.follower = Follower(self, settings.network, self._warn)
         self._configs: dict[str, dict[str, Any]] = {}
@@ -827,7 +825,7 @@ class Session:
                     self.settings, link_kind=self.link.kind, vnet=self.link.vnet, unfinished=self.link.unfinished,
                     whole=self.link.whole, dns_path=dns_path,
                     second=self.nic2.stage_facts() if self.nic2 is not None else None,
-                    uso=self.link.kind == "tap" and self._takes_udp_super_frames(self._extras["link"]))
+                    uso=self._uso)
             except ConfigError as e:  # a proxy's name does not resolve
                 raise SessionError(Exit.RUNTIME, str(e)) from e
             for child in sinks_first:
@@ -908,8 +906,10 @@ class Session:
         self._extras["link"] = link = os.dup(fd)
         os.set_blocking(link, False)
         if self.link.kind == "tap":
-            if not self.settings.offloads:
-                fcntl.ioctl(link, _TUNSETOFFLOAD, 0)  # the guest's kernel cuts segments and completes checksums itself
+            if self.settings.offloads:
+                self._uso = tap_offloads.ask(link)
+            else:
+                tap_offloads.plain(link)
             self._extras["link_tap"] = os.dup(link)
         else:
             self._widen(link)
@@ -922,18 +922,6 @@ class Session:
                 widen(sock)
             except OSError as e:
                 self._warn(f"socket buffers of the guest's link stay as they are: {e.strerror}")
-
-    def _takes_udp_super_frames(self, tap: int) -> bool:
-        """Kernels from 6.2 on cut them (TUN_F_USO4); known by whether they could be asked for the other way. They are not:
-        what the guest sends comes as before."""
-        try:
-            fcntl.ioctl(tap, _TUNSETOFFLOAD, _TUN_F_OFFLOADS | _TUN_F_USO)
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-            return False
-        fcntl.ioctl(tap, _TUNSETOFFLOAD, _TUN_F_OFFLOADS if self.settings.offloads else 0)
-        return True
 
     def _watch_link(self, fd: int) -> None:
         """Be told of the link's end, and never of a frame: an epoll that asks for errors only, inside ours.

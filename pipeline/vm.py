@@ -20,6 +20,7 @@ import socket
 import stat
 import struct
 
+from pipeline import tap_offloads
 from pipeline.config import ConfigError, LinkKind, Settings
 from pipeline.doors import DgramDoor, Door, DoorError, Peer, StreamDoor
 from pipeline.hostside import HostSideError
@@ -30,9 +31,8 @@ from pipeline.vm_nic2 import SecondDoor
 from pipeline.vm_types import TYPES, VmOptions, check
 
 # linux/if_tun.h
-_TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETVNETLE, _TUNSETOFFLOAD = 0x800454D2, 0x400454D8, 0x400454DC, 0x400454D0
+_TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETVNETLE = 0x800454D2, 0x400454D8, 0x400454DC
 _IFF_TAP, _IFF_VNET_HDR = 0x0002, 0x4000
-_OFFLOADS = 0x01 | 0x02 | 0x04  # TUN_F_CSUM, TSO4, TSO6
 _VNET_HLEN = 12
 
 
@@ -83,7 +83,7 @@ def _tap(fd: int) -> LinkKind:
                           " IFF_VNET_HDR")
     fcntl.ioctl(fd, _TUNSETVNETHDRSZ, array.array("i", [_VNET_HLEN]))
     fcntl.ioctl(fd, _TUNSETVNETLE, array.array("i", [1]))
-    fcntl.ioctl(fd, _TUNSETOFFLOAD, _OFFLOADS)
+    tap_offloads.ask(fd, udp=False)  # the session asks for more
     return "tap"
 
 

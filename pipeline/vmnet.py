@@ -22,6 +22,7 @@ KINDS = {"tap": lib.RN_LINK_TAP, "dgram": lib.RN_LINK_DGRAM, "stream": lib.RN_LI
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="vmnet"):
     link_kind: Literal["tap", "dgram", "stream"]  # of the host side
     vnet: bool  # it has virtio-net headers
+    uso: bool  # UDP super-frames may come from it: the guest's side takes them
     frame_max: int  # bytes of Ethernet frame, header included; super-frames may be longer
     storm: Annotated[int, Meta(ge=0, le=1_000_000_000)]  # frames a second; 0: no limit
 
@@ -32,7 +33,7 @@ def run(cfg: Config, ctx: StageContext) -> Ended:
     if "bridge" not in ctx.fds:  # its seat was released while it had none
         raise StageError("the second NIC is down; ringnet ctl start nic2 brings it up")
     link = ffi.new("struct rn_link *", {"fd": ctx.fds["bridge"], "kind": KINDS[cfg.link_kind], "vnet": int(cfg.vnet),
-                                        "frame_max": cfg.frame_max})
+                                        "uso": int(cfg.uso), "frame_max": cfg.frame_max})
     if lib.stage_vmnet_init(ctx.stage, link, cfg.storm) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
     return ctx.run_loop()

@@ -6,7 +6,8 @@ EgressOnly  egress alone, in the test's own process and thread, one turn after t
             puts frames on the ring, with what rn_parse.c says about them, or with lies) and guest_rx (it takes frames
             off, or leaves the ring full). Its clock can be set forward: advance(31) is a UDP timeout.
 Wire        every stage a process, started by pipeline.supervisor.Session; the test has the guest's end of the link,
-            an AF_UNIX SOCK_SEQPACKET socket with one frame a packet and no virtio-net header.
+            an AF_UNIX SOCK_SEQPACKET socket with one frame a packet and no virtio-net header (vnet=True: with one, and what
+            that leaves open of a frame to the guest is finished here).
 
 Host-side servers are real sockets on loopback; the guest reaches them under the gateway's address.
 
@@ -50,7 +51,7 @@ ICMP, TCP, UDP = 1, 6, 17
 DEADLINE = 60.0  # s: what takes milliseconds is called broken after this
 _RN_BUF_ETH_OFF = 82  # csrc/rn_arena.h: from a buffer's start to the Ethernet header ...
 _RN_META_OFF = 16  # ... and to struct rn_meta
-_META = struct.Struct("=BBBBHHII")
+META = struct.Struct("=BBBBHHHHI")  # struct rn_meta
 _ports = itertools.count(os.getpid() % 20000)
 _idents = itertools.count(os.getpid() % 30000)
 _held: list[socket.socket] = []  # on ports that shall be nobody's
@@ -100,6 +101,14 @@ def echo(ident: int, seq: int, data: bytes = b"", *, kind: int = 8) -> bytes:
     """An ICMP echo message (RFC 792): kind 8 request, 0 reply."""
     head = struct.pack("!BBHHH", kind, 0, 0, ident, seq)
     return head[:2] + struct.pack("!H", checksum(head + data)) + head[4:] + data
+
+
+def super_udp(sport: int, dport: int, data: bytes, each: int, dst: str = GATEWAY, *, src: str = GUEST, ttl: int = 64,
+              frag: int = 0) -> tuple[bytes, bytes]:
+    """A train of datagrams as a kernel with UDP_SEGMENT hands it to its link: virtio-net header, frame."""
+    head = struct.pack("!HHHH", sport, dport, 8 + len(data), 0x1234)  # the checksum is the link's to make
+    frame = mac_bytes(GATEWAY_MAC) + mac_bytes(GUEST_MAC) + b"\x08\x00" + ipv4(UDP, head + data, src, dst, ttl=ttl, frag=frag)
+    return struct.pack("<BBHHHHH", 1, 5, 42, each, 34, 6, 0), frame
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,14 @@ class Guest:
         raise NotImplementedError
 
     # -- frames
+
+    def send_super(self, vnet: bytes, frame: bytes) -> None:
+        """A frame with what its virtio-net header says of it."""
+        raise NotImplementedError
+
+    def send_train(self, sport: int, dport: int, data: bytes, each: int, dst: str = GATEWAY, **ip: Any) -> None:
+        """Datagrams of `each` bytes, the last may be shorter, in one frame."""
+        self.send_super(*super_udp(sport, dport, data, each, dst, **ip))
 
     def recv(self, match: Callable[[Packet], bool] = lambda p: True, timeout: float = DEADLINE) -> Packet | None:
         """The next frame that matches, as scapy has it; others are passed over."""
@@ -406,12 +423,12 @@ class EgressOnly(Guest):
 
     # -- classify's end
 
-    def meta(self, frame: bytes) -> bytes:
+    def meta(self, frame: bytes, vnet: bytes = b"") -> bytes:
         """What classify would write about this frame, as struct rn_meta. Fails if it would not go to egress."""
         p = ffi.new("struct rn_parsed *")
-        verdict = lib.rn_parse_bytes(frame, len(frame), ffi.NULL, self._parse, p)
+        verdict = lib.rn_parse_bytes(frame, len(frame), vnet or ffi.NULL, self._parse, p)
         assert verdict == lib.RN_V_BRIDGE, f"classify says {ffi.string(lib.rn_verdict_name(verdict)).decode()}"
-        return _META.pack(4, p.ip_proto, p.ttl, 0, p.l3_off, p.l4_off, p.payload_off, p.payload_len)
+        return META.pack(4, p.ip_proto, p.ttl, 0, p.l3_off, p.l4_off, p.payload_off, p.each, p.payload_len)
 
     def put(self, frame: bytes, meta: bytes | None = None, *, len_: int | None = None, gen: int | None = None,
             off: int = 0) -> None:
@@ -422,7 +439,7 @@ class EgressOnly(Guest):
         assert lib.rn_ring_room(self._tx, 1), "ring to egress is full: step() first"
         self._bytes[d.off:d.off + len(frame)] = frame
         at = d.off - _RN_BUF_ETH_OFF + _RN_META_OFF
-        self._bytes[at:at + _META.size] = self.meta(frame) if meta is None else meta
+        self._bytes[at:at + META.size] = self.meta(frame) if meta is None else meta
         d.len = d.len if len_ is None else len_
         d.gen = d.gen if gen is None else gen
         d.off += off
@@ -503,6 +520,10 @@ class EgressOnly(Guest):
         self.put(bytes(frame))
         self.settle()
 
+    def send_super(self, vnet: bytes, frame: bytes) -> None:
+        self.put(frame, self.meta(frame, vnet))
+        self.settle()
+
     def send_ip(self, proto: int, payload: bytes, dst: str = GATEWAY, *, src: str = GUEST, ttl: int = 64,
                 mtu: int | None = None, order: Any = None) -> None:
         """In one frame of any size, as classify hands on what it has put together."""
@@ -530,6 +551,8 @@ class Wire(Guest):
         super().__init__()
         self.mtu = settings.setdefault("mtu", 1500)
         settings.setdefault("quiet", True)
+        self.vnet = settings.pop("vnet", False)
+        self._cut: deque[bytes] = deque()
         if "RINGNET_TEST_PROMOTE" in os.environ:
             settings.setdefault("promote", int(os.environ["RINGNET_TEST_PROMOTE"]))
         self._with = contextlib.ExitStack()
@@ -540,7 +563,7 @@ class Wire(Guest):
                 for opt in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     s.setsockopt(socket.SOL_SOCKET, opt, 4 << 20)
             self.session = Session(make({k.replace("_", "-"): v for k, v in settings.items()}),
-                                   link=Link(fd=theirs.fileno(), kind="dgram", vnet=False))
+                                   link=Link(fd=theirs.fileno(), kind="dgram", vnet=self.vnet))
             self._with.enter_context(self.session)
 
     def __enter__(self) -> Wire:
@@ -553,9 +576,14 @@ class Wire(Guest):
         self._with.close()
 
     def send(self, frame: bytes | Packet) -> None:
-        self.sock.send(bytes(frame))
+        self.sock.send(bytes(12 if self.vnet else 0) + bytes(frame))
+
+    def send_super(self, vnet: bytes, frame: bytes) -> None:
+        self.sock.send(vnet + frame)
 
     def recv_frame(self, timeout: float = DEADLINE) -> bytes | None:
+        if self._cut:
+            return self._cut.popleft()
         ready, _, _ = select.select([self.sock], [], [], max(0.0, timeout))
         if not ready:
             return None
@@ -563,6 +591,16 @@ class Wire(Guest):
         if not frame:
             self.session.poll(0)
             raise AssertionError(f"the pipeline closed the link; stages alive: {self.session.stages()}")
+        if self.vnet:
+            out = ffi.new("uint8_t[]", 1 << 18)
+            n = lib.rn_gso_all(frame, len(frame) - 12, out, len(out))
+            assert n > 0, "a virtio-net header that does not fit its frame"
+            data, at = bytes(ffi.buffer(out, n)), 0
+            while at < n:
+                size = int.from_bytes(data[at:at + 4], "big")
+                self._cut.append(data[at + 4:at + 4 + size])
+                at += 4 + size
+            return self._cut.popleft()
         return frame
 
     def counters(self, stage: str = "egress") -> dict[str, int]:

@@ -34,7 +34,7 @@ CONTROL = frozenset({"supervisor", "monitor", "runner", "netns", "netlink", "dhc
                      "control_api", "hosts_book", "session_dir", "client", "seats", "captures", "capture_file",
                      "hostside", "second_nic", "debug_api", "dumps", "doors", "vm", "sockets", "datapath"})
 COMMANDS |= {"nic2_helper"}
-CONTROL |= {"nic2_backends", "vm_nic2"}
+CONTROL |= {"nic2_backends", "vm_nic2", "tap_offloads"}
 
 # Those that look at a session from outside, or tell of it.
 DECLARATIONS |= {"logs", "log_handler"}

@@ -29,10 +29,10 @@ def config(**kw: Any) -> Any:
 
 
 def link(sock: socket.socket | int, *, vnet: bool = True, frame_max: int = FRAME_MAX,
-         kind: int = lib.RN_LINK_DGRAM, merge: bool = False, unfinished: int = 0, whole: bool = False) -> Any:
+         kind: int = lib.RN_LINK_DGRAM, merge: bool = False, unfinished: int = 0, whole: bool = False, uso: bool = False) -> Any:
     fd = sock if isinstance(sock, int) else sock.fileno()
     return ffi.new("struct rn_link *", {"fd": fd, "kind": kind, "vnet": int(vnet), "frame_max": frame_max,
-                                       "merge": int(merge), "unfinished": unfinished, "whole": int(whole)})
+                                       "merge": int(merge), "unfinished": unfinished, "whole": int(whole), "uso": int(uso)})
 
 
 def pair(buffers: int = 4 << 20) -> tuple[socket.socket, socket.socket]:

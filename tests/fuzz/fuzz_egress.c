@@ -38,6 +38,7 @@
 #include "fuzz_main.h"
 #include "policy.h"
 #include "rn_csum.h"
+#include "rn_uso.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(LIBFUZZER)
 #include <sanitizer/asan_interface.h>
@@ -732,6 +733,11 @@ static void send_udp(struct input *in)
 	socklen_t l = sizeof(from);
 	uint8_t buf[16384] = { 0 };
 
+	if (what >= 128) { /* a train, as classify lets it through; or one that it would not */
+		uint32_t each = what & 7 ? len / (1 + what % 60) + 1 : (uint32_t)u8(in);
+
+		m.each = (uint16_t)(rn_uso_count(len, each) > 1 || !(what & 7) ? each : 0);
+	}
 	memset(f + at, what, 8 + len);
 	rn_put16(f + at, (uint16_t)(7000 + what % 8));
 	rn_put16(f + at + 2, t.udp_port);
@@ -774,7 +780,8 @@ static void send_lie(struct input *in)
 		f[at] = 0xff;
 	m.l3_off = u8(in) & 3 ? 14 : (uint16_t)u16(in);
 	m.l4_off = u8(in) & 3 ? 34 : (uint16_t)(u8(in) & 1 ? u8(in) : u16(in));
-	m.payload_off = u8(in) & 3 ? (m.ip_proto == 6 ? 54 : 42) : (u8(in) & 1 ? u8(in) : u16(in) << 8);
+	m.payload_off = u8(in) & 3 ? (m.ip_proto == 6 ? 54 : 42) : (uint16_t)(u8(in) & 1 ? u8(in) : u16(in) << 8);
+	m.each = u8(in) & 3 ? 0 : (uint16_t)u16(in);
 	m.payload_len = u8(in) & 1 ? u8(in) % 60 : u8(in) & 1 ? 0xffffffffu - u8(in) : u16(in);
 	if (rn_get16(f + at) - GPORT < SLOTS && m.l4_off == 34)
 		return;

@@ -19,6 +19,7 @@
 #include "fuzz_main.h"
 #include "rn_csum.h"
 #include "rn_handle.h"
+#include "rn_uso.h"
 #include "stage_classify.h"
 #include "stage_guest_rx.h"
 #include "stage_guest_tx.h"
@@ -36,7 +37,7 @@ static struct target {
 	int link[2], bells[ROWS], vnet, stream;
 	uint8_t back[1 << 18]; /* of a stream towards the guest */
 	uint32_t nback;
-	uint64_t inputs, sent, bridged, served, answered;
+	uint64_t inputs, sent, bridged, served, answered, trains;
 } t;
 
 static const struct classify_config config = {
@@ -147,6 +148,9 @@ static void take(struct rn_ring_rx *from, uint64_t *count)
 		must(b != NULL, "a descriptor of ours");
 		must(d.len <= RN_FRAME_MAX && b->meta.l3_off <= d.len && b->meta.l4_off <= d.len && b->meta.payload_off <= d.len &&
 			     b->meta.payload_len <= d.len - b->meta.payload_off, "offsets in the frame");
+		must(!b->meta.each || (from == &t.to_egress && rn_uso_count(b->meta.payload_len, b->meta.each) - 2 <= RN_USO_DATAGRAMS_MAX - 2),
+		     "a train of as many datagrams as there may be, and for egress only");
+		t.trains += b->meta.each != 0;
 		rn_buf_free(&t.taker, b);
 		++*count;
 	}
@@ -316,6 +320,13 @@ size_t fuzz_generate(uint8_t *buf, size_t cap)
 			for (uint32_t j = 0; j < 10; j++)
 				f[j] = (uint8_t)(fuzz_rnd(3) ? (uint32_t[]){ 0, 1, 34, 54, 16, 255 }[fuzz_rnd(6)] : fuzz_rnd(256));
 		len = vnet + make_frame(f + vnet);
+		if (vnet && f[vnet + 23] == RN_IPPROTO_UDP && fuzz_rnd(2)) { /* a train of datagrams */
+			struct rn_vnet_hdr v = { .flags = 1, .gso_type = RN_VNET_GSO_UDP_L4, .hdr_len = 42, .csum_start = 34,
+						 .csum_offset = 6, .gso_size = (uint16_t)(1 + fuzz_rnd(60)) };
+
+			memcpy(f, &v, sizeof(v));
+			rn_put16(f + vnet + 34 + RN_UDP_SUM, 0x1234);
+		}
 		for (uint32_t j = fuzz_rnd(4); j && !fuzz_rnd(2); j--)
 			f[fuzz_rnd((uint32_t)len)] = (uint8_t)fuzz_rnd(256);
 		if (!fuzz_rnd(8))
@@ -347,6 +358,7 @@ size_t fuzz_generate(uint8_t *buf, size_t cap)
 
 void fuzz_report(void)
 {
-	printf("inputs %llu\nsent %llu\nbridged %llu\nserved %llu\nanswered %llu\n", (unsigned long long)t.inputs,
-	       (unsigned long long)t.sent, (unsigned long long)t.bridged, (unsigned long long)t.served, (unsigned long long)t.answered);
+	printf("inputs %llu\nsent %llu\nbridged %llu\nserved %llu\nanswered %llu\ntrains %llu\n", (unsigned long long)t.inputs,
+	       (unsigned long long)t.sent, (unsigned long long)t.bridged, (unsigned long long)t.served,
+	       (unsigned long long)t.answered, (unsigned long long)t.trains);
 }

@@ -25,7 +25,7 @@ REACHED = {
     "egress": {"connections": 1500, "whole": 500, "up_bytes": 1_000_000, "down_bytes": 100_000, "resets": 1, "udp": 100},
     "promote": {"up_bytes": 2_000_000, "down_bytes": 4_000_000, "acks": 600, "relent": 1500, "restarts": 500, "scribbled": 200},
     "reassembly": {"whole": 2000, "expired": 5000},
-    "link": {"bridged": 300, "served": 300, "answered": 2000},
+    "link": {"bridged": 300, "served": 300, "answered": 2000, "trains": 200},
     "dhcp": {"dhcp_replies": 500, "dhcp_naks": 50, "drop_dhcp_bad": 500},
     "dns": {"answers": 800, "dns_forwarded": 400, "dns_local": 200, "drop_dns_bad": 200, "drop_dns_reply": 100},
     "control": {"decoded": 1000, "refused": 1000, "packets": 20, "packets_refused": 200},

@@ -1,6 +1,7 @@
 """classify for any bytes: never a crash, every frame counted exactly once, and no damaged packet passes."""
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -60,6 +61,24 @@ def test_any_bytes_have_a_verdict_and_offsets_in_the_frame(data: bytes, vnet: by
     parse(data, vnet)
 
 
+@settings(deadline=None)
+@given(payload=st.integers(0, 2000), each=st.integers(0, 2100), dst=st.sampled_from(["192.0.2.10", GATEWAY]),
+       dport=st.sampled_from([7, 53]), options=st.integers(0, 10))
+def test_a_train_is_what_its_header_says(payload: int, each: int, dst: str, dport: int, options: int) -> None:
+    packet = ip(dst=dst, options=[IPOption_NOP()] * (4 * options)) / UDP(sport=4000, dport=dport, chksum=1) / Raw(bytes(payload))
+    data, l4 = raw(packet), 34 + 4 * options
+    header = struct.pack("<BBHHHHH", 1, 5, l4 + 8, each, l4, 6, 0)
+    if not each:
+        assert not lib.rn_vnet_ok(header, len(data))
+        return
+    n = max(1, -(-payload // each))
+    if n > lib.RN_USO_DATAGRAMS_MAX:
+        assert parse(data, header) == "drop_gso_mismatch"
+        return
+    assert parse(data, header) == ("to_services" if (dst, dport) == (GATEWAY, 53) else "to_bridge")
+    assert (OUT.payload_off, OUT.payload_len, OUT.each) == (l4 + 8, payload, each if n > 1 else 0)
+
+
 @pytest.fixture(scope="module")
 def plane() -> Iterator[Classified]:
     with Classified(slots=64) as p:
@@ -68,11 +87,12 @@ def plane() -> Iterator[Classified]:
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(hostile(), st.sampled_from([bytes(12), bytes.fromhex("010000000000220010000000"),
-                                                      bytes.fromhex("01013600b405220010000000")])),
+                                                      bytes.fromhex("01013600b405220010000000"),
+                                                      bytes.fromhex("01052a001400220006000000")])),
                 min_size=1, max_size=50))
 def test_every_frame_is_counted_exactly_once(plane: Classified, frames: list[tuple[bytes, bytes]]) -> None:
-    """frames_in + reassembled == the sum of the outcomes, over the stage's whole life; and what was counted as
-    handed on comes out."""
+    """frames_in + reassembled + trains_cut == the sum of the outcomes, over the stage's whole life; and what was counted
+    as handed on comes out."""
     before = {n: count(plane.classify, n) for n in COUNTERS}
     for data, vnet in frames:
         plane.guest.send(vnet + data)
@@ -81,7 +101,7 @@ def test_every_frame_is_counted_exactly_once(plane: Classified, frames: list[tup
     got = {n: count(plane.classify, n) - before[n] for n in COUNTERS}
     out = {name: len(plane.read(name)) for name in plane.rings}
     assert plane.input.fill == 0
-    assert got["frames_in"] + got["reassembled"] == sum(got[n] for n in OUTCOMES)
+    assert got["frames_in"] + got["reassembled"] + got["trains_cut"] == sum(got[n] for n in OUTCOMES)
     assert out == {"bridge": got["to_bridge"], "service": got["to_services"],
                    "reply": got["arp_replies"] + got["icmp_errors_sent"]}
     assert got["frames_out"] == sum(out.values())

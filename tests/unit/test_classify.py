@@ -303,7 +303,10 @@ def vnet(flags: int = 0, gso: int = 0, hdr_len: int = 0, gso_size: int = 0, star
     (vnet(flags=1, gso=0x80, gso_size=1460, start=34, offset=16), 3000, 0),
     (vnet(flags=1, gso=2, gso_size=1460, start=34, offset=16), 3000, 0),
     (vnet(flags=1, gso=3, gso_size=1460, start=34, offset=6), 3000, 0),
-    (vnet(flags=1, gso=5, gso_size=1460, start=34, offset=6), 3000, 0),
+    (vnet(flags=1, gso=5, gso_size=1460, start=34, offset=6), 3000, 1),
+    (vnet(flags=1, gso=0x85, gso_size=1460, start=34, offset=6), 3000, 0),  # ECN is TCP's
+    (vnet(flags=1, gso=5, gso_size=0, start=34, offset=6), 3000, 0),
+    (vnet(gso=5, gso_size=1460), 3000, 0),
 ])
 def test_virtio_header(header: bytes, length: int, ok: int) -> None:
     assert lib.rn_vnet_ok(header, length) == ok

@@ -130,8 +130,8 @@ def test_stages_are_told_only_if_there_is_one() -> None:
 
     assert "vmnet" not in stage_configs(make({}), link_kind="tap", vnet=True)
     second = SecondNic(facts=Facts(mac="02:00:00:00:00:01", mtu=1500), guest_kind="tap", guest_vnet=True, host_kind="dgram",
-                       host_vnet=False, storm=7, row=5)
+                       host_vnet=False, guest_uso=True, host_uso=False, storm=7, row=5)
     made = stage_configs(make({}), link_kind="tap", vnet=True, second=second)
-    assert made["vmnet"] == {"type": "vmnet", "link_kind": "dgram", "vnet": False, "frame_max": 1518, "storm": 7}
-    assert made["guest_tx"]["nic2"] == {"link_kind": "tap", "vnet": True, "frame_max": 1518, "unfinished": 0}
+    assert made["vmnet"] == {"type": "vmnet", "link_kind": "dgram", "vnet": False, "uso": False, "frame_max": 1518, "storm": 7}
+    assert made["guest_tx"]["nic2"] == {"link_kind": "tap", "vnet": True, "frame_max": 1518, "unfinished": 0, "uso": True}
     assert made["guest_rx"]["nic2"]["producer"] == 5

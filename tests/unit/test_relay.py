@@ -12,6 +12,7 @@ import pytest
 from frames.inproc import VNET, Plane, Ring, count, error, link, pair, received, run
 
 from shm._dataplane import ffi, lib
+from tests.harness import checksum
 
 TX, RX, VMNET = 0, 1, 2  # rows
 MAC = bytes.fromhex("0200000000aa")
@@ -27,7 +28,8 @@ class Nic2(Plane):
     """guest <-> guest_tx -> vmnet -> host, and host -> vmnet -> guest_rx -> guest. NIC1's links are there, and idle."""
 
     def __init__(self, *, guest_vnet: bool = True, host_vnet: bool = True, frame_max: int = 1518, storm: int = 0,
-                 slots: int = 64, large: int = 80, vmnet_large: int = 16, host_buffers: int = 4 << 20) -> None:
+                 slots: int = 64, large: int = 80, vmnet_large: int = 16, host_buffers: int = 4 << 20,
+                 uso: bool = False) -> None:
         super().__init__({TX: (128, large), VMNET: (128, vmnet_large)})
         self.up, self.down, self.nic1_up, self.nic1_down = Ring(slots), Ring(slots), Ring(slots), Ring(slots)
         self.inner, self.guest = pair()
@@ -36,7 +38,8 @@ class Nic2(Plane):
         self.vnets = guest_vnet, host_vnet
         self.tx = self.stage(TX, outputs={lib.RN_ROLE_HOSTNET: (self.up, VMNET), lib.RN_ROLE_CLASSIFY: (self.nic1_up, 3)})
         assert lib.stage_guest_tx_init(self.tx, link(self.inner1), -1) == 0
-        guest = {"vnet": guest_vnet, "frame_max": frame_max}
+        self.uso = uso
+        guest = {"vnet": guest_vnet, "frame_max": frame_max, "uso": uso}
         assert lib.stage_guest_tx_nic2(self.tx, link(self.inner, **guest)) == 0, error(self.tx)
         self.rx = self.stage(RX, inputs={3: self.nic1_down, VMNET: self.down})
         self.rx_inner = socket.socket(fileno=self.inner.dup().detach())
@@ -46,7 +49,7 @@ class Nic2(Plane):
 
     def start_vmnet(self, vnet: bool = True, frame_max: int = 1518, storm: int = 0) -> None:
         self.vmnet = self.stage(VMNET, inputs={TX: self.up}, outputs={lib.RN_ROLE_GUEST: (self.down, RX)})
-        assert lib.stage_vmnet_init(self.vmnet, link(self.outer, vnet=vnet, frame_max=frame_max), storm) == 0
+        assert lib.stage_vmnet_init(self.vmnet, link(self.outer, vnet=vnet, frame_max=frame_max, uso=self.uso), storm) == 0
 
     def work(self) -> None:
         for stage in (self.tx, self.vmnet, self.rx):
@@ -117,6 +120,38 @@ def test_a_side_without_headers_gets_segments_instead_of_super_frames() -> None:
         assert [len(f) for f in got] == [54 + 1448] * 3 + [54 + 5000 - 3 * 1448]
         assert b"".join(f[54:] for f in got) == tcp(5000)[54:]
         assert n.send_up(frame(2)) == [frame(2)] and n.send_down(frame(3)) == [VNET + frame(3)]
+
+
+def train(size: int) -> bytes:
+    """Datagrams of 1000 bytes behind one header, as a kernel hands them to its link; USO says so."""
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28 + size, 1, 0, 64, 17, 0, bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2]))
+    return MAC + MAC + b"\x08\x00" + ip + struct.pack("!HHHH", 1, 2, 8 + size, 0) + bytes(i % 251 for i in range(size))
+
+
+USO = struct.pack("<BBHHHHH", 1, 5, 42, 1000, 34, 6, 0)
+
+
+def test_trains_of_datagrams_are_untouched_where_both_sides_take_them() -> None:
+    with Nic2(uso=True) as n:
+        assert n.send_up(train(60000), vnet=USO) == [USO + train(60000)]
+        assert n.send_down(train(60000), vnet=USO) == [USO + train(60000)]
+
+
+def test_trains_are_refused_where_the_other_side_was_not_asked(nic2: Nic2) -> None:
+    assert nic2.send_up(train(5000), vnet=USO) == [] and nic2.send_down(train(5000), vnet=USO) == []
+    assert (count(nic2.tx, "drop_bad_vnet_header"), count(nic2.vmnet, "drop_vmnet_header")) == (1, 1)
+
+
+@pytest.mark.parametrize("guest", [True, False], ids=["up", "down"])
+def test_a_side_without_headers_gets_the_datagrams_of_a_train(guest: bool) -> None:
+    with Nic2(uso=True, guest_vnet=guest, host_vnet=not guest) as n:
+        got = (n.send_up if guest else n.send_down)(train(2500), vnet=USO)
+        assert [len(f) for f in got] == [1042, 1042, 542]
+        assert b"".join(f[42:] for f in got) == train(2500)[42:]
+        for f in got:
+            assert f[38:40] == (len(f) - 34).to_bytes(2, "big")  # its own UDP length
+            assert checksum(f[14:34]) == 0
+            assert checksum(f[26:34] + struct.pack("!BBH", 0, 17, len(f) - 34) + f[34:]) == 0
 
 
 def test_what_is_no_frame_is_dropped_by_reason(nic2: Nic2) -> None:

@@ -72,8 +72,8 @@ class Bench:
         desc = self.feed_pool.take(len(frame) if length is None else length)
         assert desc is not None
         self.memory[desc.off : desc.off + len(frame)] = frame
-        # struct rn_meta: version, protocol, TTL, flags, L3, L4, payload offset and length
-        true = struct.pack("<4BHHII", 4, 17, 64, 0, 14, 34, 42, len(frame) - 42)
+        # struct rn_meta: version, protocol, TTL, flags, L3, L4, payload offset, each, length
+        true = struct.pack("<4B4HI", 4, 17, 64, 0, 14, 34, 42, 0, len(frame) - 42)
         at = desc.off - HEADER_ROOM + 16
         self.memory[at : at + 16] = true if meta is None else meta
         self.feed.put(desc)
