@@ -48,14 +48,15 @@ def test_one_gib_up(guest_session: Attached, guest_ns: Netns, nginx: tuple[str, 
 
 
 @pytest.mark.xdist_group("bulk")
-@pytest.mark.parametrize(("mtu", "peek"), [(576, "auto"), (1500, "offset"), (1500, "discard"), (4000, "discard"),
-                                           (65520, "auto")])
+@pytest.mark.parametrize(("mtu", "peek", "promote"), [(576, "auto", 8), (1500, "offset", 8), (1500, "discard", 8), (1500, "auto", 0),
+                                                      (1500, "auto", 1), (4000, "discard", 8), (65520, "auto", 0),
+                                                      (65520, "auto", 8)])
 def test_both_ways_at_once(attach: Callable[..., Attached], guest_ns: Netns, nginx: tuple[str, int, Path],
-                           tmp_path: Path, mtu: int, peek: str) -> None:
-    """At other MTUs, and by both ways of reading again what the guest has not acknowledged."""
+                           tmp_path: Path, mtu: int, peek: str, promote: int) -> None:
+    """At other MTUs, by both ways of reading again what the guest has not acknowledged, through egress alone and promoted."""
     if peek == "offset" and tuple(map(int, os.uname().release.split(".")[:2])) < (6, 9):
         pytest.skip("SO_PEEK_OFF on TCP needs Linux 6.9")
-    attach("--peek", peek, mtu=mtu)
+    attach("--peek", peek, "--promote", str(promote), mtu=mtu)
     address, port, root = nginx
     size = 32 << 20
     want_down, want_up = pseudorandom(root / "body", size, b"d"), pseudorandom(tmp_path / "source", size, b"u")
