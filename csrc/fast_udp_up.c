@@ -36,7 +36,7 @@ static void send_train(struct fast_up *u, struct fast_flow *ff, const uint8_t *p
 	rn_uso_send(ff->fd, &m, payload, len, size, &what);
 	u->s->c[RN_C_udp_fast_up] += what.sent;
 	u->s->c[RN_C_drop_udp_fast] += what.lost;
-	ff->slow |= what.err == EMSGSIZE; /* egress tells the guest the path's MTU, of the next one */
+	ff->slow |= what.err == EMSGSIZE; /* egress tells the guest the path's MTU: of this one by the error queue */
 }
 
 void fast_udp_flush(struct fast_up *u)

@@ -191,8 +191,9 @@ void udp_timer(struct egress *e, uint32_t i)
 
 /* --- errors --- */
 
-/* Tell the guest what the error queue says about one of its datagrams; @data is what the ICMP quoted of it. */
-static void tell_error(struct egress *e, uint32_t i, const struct rn_sock_error *err, const uint8_t *data)
+/* Tell the guest what the error queue says about one of its datagrams; @data is what the error quotes of it. */
+static void tell_error(struct egress *e, uint32_t i, const struct rn_sock_error *err, const uint8_t *data, uint8_t type,
+		       uint8_t code)
 {
 	const struct rn_flow *fl = eg_flow(e, i);
 	uint8_t ip[RN_IP4_HLEN + RN_UDP_HLEN + UDP_QUOTE_MAX] = { 0x45 };
@@ -200,11 +201,9 @@ static void tell_error(struct egress *e, uint32_t i, const struct rn_sock_error 
 	uint8_t *udp = ip + RN_IP4_HLEN;
 	uint32_t len = err->len, rest = 0;
 
-	if (err->origin != SO_EE_ORIGIN_ICMP) /* local ones were sendmsg()'s own return */
+	if (type != RN_ICMP_UNREACH && type != RN_ICMP_TIMEXCEED)
 		return;
-	if (err->type != RN_ICMP_UNREACH && err->type != RN_ICMP_TIMEXCEED)
-		return;
-	if (err->type == RN_ICMP_UNREACH && err->code == RN_ICMP_UNREACH_NEEDFRAG)
+	if (type == RN_ICMP_UNREACH && code == RN_ICMP_UNREACH_NEEDFRAG)
 		rest = err->info & 0xffff; /* next-hop MTU (RFC 1191 4) */
 	if (len > UDP_QUOTE_MAX)
 		len = UDP_QUOTE_MAX;
@@ -222,24 +221,31 @@ static void tell_error(struct egress *e, uint32_t i, const struct rn_sock_error 
 	memcpy(src, e->cfg.gateway4, 4);
 	if (err->offender_known)
 		eg_guest_addr(e, err->offender, src);
-	eg_icmp_error(e, fl->guest_mac, src, ip, RN_IP4_HLEN + RN_UDP_HLEN + len, err->type, err->code, rest);
+	eg_icmp_error(e, fl->guest_mac, src, ip, RN_IP4_HLEN + RN_UDP_HLEN + len, type, code, rest);
 }
 
 /* Up to @max entries of the error queue; returns how many there were. @mtu: set to what the kernel says is the path's, if a
- * datagram of ours was longer. */
+ * datagram of ours was longer, which tell_unsent() is for; NULL: none is ours, guest_tx sent it, and nobody else tells. */
 static uint32_t read_errors(struct egress *e, uint32_t i, uint32_t max, uint32_t *mtu)
 {
 	uint8_t data[UDP_QUOTE_MAX];
 	struct rn_sock_error err;
-	uint32_t n;
+	uint32_t n, told = 0;
 	int got;
 
 	for (n = 0; n < max && (got = rn_errqueue_next(e->priv[i].fd, &err, data, sizeof(data))); n++) {
 		if (got < 0)
 			continue;
-		if (err.origin == SO_EE_ORIGIN_LOCAL && err.error == EMSGSIZE)
-			*mtu = err.info;
-		tell_error(e, i, &err, data);
+		if (err.origin == SO_EE_ORIGIN_ICMP) {
+			tell_error(e, i, &err, data, err.type, err.code);
+		} else if (err.origin == SO_EE_ORIGIN_LOCAL && err.error == EMSGSIZE) {
+			if (mtu) {
+				*mtu = err.info;
+			} else if (!told++) { /* each is tried twice (fast_udp_up.c) */
+				rn_put16((uint8_t *)&err.dst_port, e->priv[i].to_port); /* the kernel leaves it out */
+				tell_error(e, i, &err, data, RN_ICMP_UNREACH, RN_ICMP_UNREACH_NEEDFRAG);
+			}
+		}
 	}
 	return n;
 }
@@ -350,7 +356,7 @@ void udp_input(struct egress *e, struct eg_frame *f)
 	if (what.err) {
 		uint32_t mtu = 0;
 
-		if (what.err == EMSGSIZE)
+		if (what.err == EMSGSIZE) /* its entries: whoever reads next would take them for guest_tx's */
 			read_errors(e, i, UDP_BURST, &mtu);
 		tell_unsent(e, f, what.err, mtu);
 	}
@@ -484,9 +490,7 @@ int udp_work(struct egress *e, uint32_t i)
 	if (proxy_udp_is(e, i))
 		return proxy_udp_work(e, i);
 	if (p->work & UDP_W_ERROR) {
-		uint32_t mtu;
-
-		if (read_errors(e, i, UDP_BURST, &mtu) == UDP_BURST)
+		if (read_errors(e, i, UDP_BURST, NULL) == UDP_BURST)
 			return 1;
 		p->work &= ~UDP_W_ERROR;
 	}
