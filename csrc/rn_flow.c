@@ -136,10 +136,9 @@ int rn_flows_read(const void *mem, uint64_t size, uint32_t i, struct rn_flow_vie
 
 void rn_flows_redact(void *copy, uint64_t size)
 {
-	struct rn_flows *flows = copy;
-
-	if (size >= sizeof(*flows))
-		memset(flows->secret, 0, sizeof(flows->secret));
+	/* By offset: the copy lies wherever its buffer does, not on a cache line as the table. */
+	if (size >= sizeof(struct rn_flows))
+		memset((uint8_t *)copy + offsetof(struct rn_flows, secret), 0, sizeof(((struct rn_flows *)0)->secret));
 }
 
 uint32_t rn_flows_collect(const void *mem, uint64_t size, struct rn_flow_view *out, uint32_t max)

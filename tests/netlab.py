@@ -91,9 +91,6 @@ class Netns:
 
     def argv(self, *argv: str | os.PathLike[str]) -> list[str]:
         inside = [*map(os.fspath, argv)]
-        if "LD_PRELOAD" in os.environ and inside[0] != sys.executable:
-            # A sanitizer's runtime is for our interpreter (tests/sanitize); curl for one deadlocks with it.
-            inside = ["env", "-u", "LD_PRELOAD", *inside]
         return ["ip", "netns", "exec", self.name, *inside]
 
     def run(self, *argv: str | os.PathLike[str], check: bool = True, timeout: float = DEADLINE,
@@ -380,8 +377,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# What a data plane built with the sanitizers needs to be loaded (tests/sanitize): an environment made anew has it, too.
-SANITIZERS = ("LD_PRELOAD", "PYTHONMALLOC", "ASAN_OPTIONS", "UBSAN_OPTIONS")
+# How the sanitizers are to work (tests/sanitize): an environment made anew has it, too.
+SANITIZERS = ("RINGNET_SANITIZED", "PYTHONMALLOC", "ASAN_OPTIONS", "UBSAN_OPTIONS")
 
 
 class PlainUser:
@@ -398,6 +395,9 @@ class PlainUser:
         self.tree = tmp / "plain-user"
         self.python = system_python()
         self.tree.mkdir()
+        if "RINGNET_SANITIZED" in os.environ:  # only that one has the runtime
+            shutil.copy2(sys.executable, self.tree / "python")
+            self.python = f"{self.MOUNT}/python"
         site = self.tree / "site"
         keep = shutil.ignore_patterns("__pycache__", "*.c", "*.o")
         for package in ("pipeline", "shm"):

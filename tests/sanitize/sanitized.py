@@ -3,10 +3,12 @@
     python -m tests.sanitize.sanitized [--tree DIR] [pytest arguments]
 
 The checkout stays as it is: DIR (default build/sanitize) gets a copy of the sources, whose shm/_dataplane*.so is built with
-the sanitizers, and the tests of the copy run from there, so that every stage process loads that one. The interpreter is not
-instrumented: libasan is preloaded, allocations are malloc's own (PYTHONMALLOC), and leaks are not looked for, as CPython
-leaves some at exit. A report ends the process that made it and is written to a file, because a stage's stderr may go
-nowhere; any such file is a failure, whatever the tests said.
+the sanitizers, and the tests of the copy run from there, so that every stage process loads that one. The interpreter that runs
+them is a program of ours around libpython (launcher.c), linked with the runtime: nothing has to be preloaded, so that what tests
+and guests start besides (curl, a shell, QEMU) runs as ever, and one runtime writes all reports. Allocations are malloc's own
+(PYTHONMALLOC); leaks are not looked for, as CPython leaves some at exit. A report ends the process that made it and is written
+to a file, because a stage's stderr may go nowhere and a stage that died is started again; any such file is a failure, whatever
+the tests said.
 """
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS = ("pipeline", "shm", "csrc", "tests", "tools", "docs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-CC = "gcc -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+CC = "clang -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 # What shows in minutes, end to end included; tools/sanitize without arguments runs LONG.
 SHORT = ("tests/wire/test_tcp.py", "tests/unit/test_egress_flows.py", "tests/unit/test_link.py",
          "tests/unit/test_link_kinds.py", "tests/unit/test_gso.py", "tests/unit/test_reassembly.py",
@@ -46,23 +49,32 @@ def prepare(tree: Path) -> None:
             shutil.copytree(source, to, ignore=ignore, dirs_exist_ok=True)  # keeps times: the build sees what is new
         elif source.exists():
             shutil.copy2(source, to)
-    # build() and not the command, which loads what it built: that needs the runtime preloaded.
+    # build() and not the command, which loads what it built: that needs the runtime.
     subprocess.run([sys.executable, "-c", "from shm.build_dataplane import build; build()"], cwd=tree, check=True,
                    env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CC": CC}, timeout=600)
 
 
-def runtime() -> str:
-    """The sanitizer's library, to be loaded before everything else."""
-    path = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    return os.path.realpath(path)
+def python(tree: Path) -> Path:
+    """The interpreter with the sanitizers' runtime: a virtual environment that is ours but for bin/python."""
+    there, ours = tree / "venv", Path(sys.prefix)
+    (there / "bin").mkdir(parents=True, exist_ok=True)
+    shutil.copy2(ours / "pyvenv.cfg", there)
+    (there / "lib").unlink(missing_ok=True)
+    (there / "lib").symlink_to(ours / "lib")
+    variables = sysconfig.get_config_vars()
+    program = there / "bin" / "python"
+    subprocess.run([*CC.split(), f"-I{variables['INCLUDEPY']}", str(tree / "tests" / "sanitize" / "launcher.c"), "-o", str(program),
+                    f"-L{variables['LIBDIR']}", f"-Wl,-rpath,{variables['LIBDIR']}", f"-lpython{variables['LDVERSION']}"],
+                   check=True, timeout=100)
+    return program
 
 
 def environment(reports: Path) -> dict[str, str]:
-    log = f"log_path={reports}/report"
+    options = f"abort_on_error=1:log_path={reports}/report"
     return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k not in ("PYTHONPATH", "CI", "RINGNET_LONG")} | {
-        "LD_PRELOAD": runtime(), "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": f"detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:{log}",
-        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:abort_on_error=1:{log}"}
+        "RINGNET_SANITIZED": "1", "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": f"detect_leaks=0:allocator_may_return_null=1:{options}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:{options}"}
 
 
 def run(tree: Path, *argv: str, timeout: float | None = None) -> tuple[int, str, list[str]]:
@@ -71,7 +83,7 @@ def run(tree: Path, *argv: str, timeout: float | None = None) -> tuple[int, str,
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir()
     reports.chmod(0o777)  # stages may run as somebody else
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *argv], cwd=tree,
+    done = subprocess.run([str(python(tree)), "-m", "pytest", "-p", "no:cacheprovider", "-q", *argv], cwd=tree,
                           env=environment(reports), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
     return done.returncode, done.stdout, [p.read_text(errors="replace") for p in sorted(reports.iterdir())]
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,16 @@ def test_the_suite_passes_without_a_report(tree: Path) -> None:
 
 
 @pytest.mark.xdist_group("sanitize")
-def test_a_read_past_the_end_is_reported(tree: Path) -> None:
-    """The test of the harness: the loaded build is the instrumented one, and a report is found where it is looked for."""
-    reports = tree / "proof"
+@pytest.mark.parametrize(("code", "says"), [
+    ("lib.rn_csum_plain(ffi.new('uint8_t[]', 1001), 1002)", "heap-buffer-overflow"),
+    ("lib.rn_stage_error(ffi.cast('struct rn_stage *', ffi.new('uint8_t[]', 1 << 20) + 1))", "misaligned"),
+], ids=["address", "undefined"])
+def test_what_is_wrong_is_reported(tree: Path, code: str, says: str) -> None:
+    """The test of the harness: the loaded build is the instrumented one, and each sanitizer's report is where it is looked for."""
+    reports = tree / f"proof-{says}"
     reports.mkdir()
-    code = "from shm._dataplane import ffi, lib; lib.rn_csum_plain(ffi.new('uint8_t[]', 1001), 1002)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=sanitized.environment(reports), capture_output=True,
-                          text=True, timeout=100)
+    done = subprocess.run([str(sanitized.python(tree)), "-c", f"from shm._dataplane import ffi, lib; {code}"], cwd=tree,
+                          env=sanitized.environment(reports), capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     (report,) = reports.iterdir()
-    assert "heap-buffer-overflow" in report.read_text() and "rn_csum_plain" in report.read_text()
+    assert says in report.read_text() and code[4:].partition("(")[0] in report.read_text()
