@@ -22,7 +22,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.xdist_group("sanitize")
 @pytest.mark.timeout(3600 if LONG else 1200)
 def test_the_suite_passes_without_a_report(tree: Path) -> None:
-    status, text, reports = sanitized.run(tree, "-n", "0", *(sanitized.LONG if LONG else sanitized.SHORT))
+    status, text, reports = sanitized.run(tree, *(("-n", "auto", *sanitized.LONG) if LONG else ("-n", "0", *sanitized.SHORT)))
     assert reports == [], reports[0][:6000]
     assert status == 0, text[-6000:]
 
