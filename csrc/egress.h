@@ -7,6 +7,7 @@
 #ifndef RN_EGRESS_H
 #define RN_EGRESS_H
 
+#include "rn_estate.h"
 #include "rn_fdpass.h"
 #include "rn_flow.h"
 #include "rn_link.h"
@@ -30,6 +31,7 @@ struct egress_config {
 	uint32_t pending_max;	/* TCP connects under way, then RST */
 	char dns_path[108];	/* abstract Unix address of services' DNS-over-TCP (without the leading NUL), "": none */
 	uint64_t seed;		/* 0: real clock; else ISNs and ids are repeatable */
+	int heir;		/* 1: stage_egress_inherit() follows, and decides what becomes of a predecessor's flows */
 };
 struct egress_promote { /* promotion of settled flows to guest_tx and guest_rx (rn_promote.h) */
 	int tx_fd, rx_fd;	/* SOCK_SEQPACKET to them: sockets of flows (rn_fdpass.h) */
@@ -43,6 +45,18 @@ int stage_egress_promote(struct rn_stage *s, const struct egress_promote *cfg);
 int stage_egress_direct(struct rn_stage *s, const struct rn_link *link);
 int stage_egress_step(struct rn_stage *s, int timeout_ms, uint64_t now_ns); /* for tests */
 uint64_t stage_egress_due(struct rn_stage *s); /* for tests: when the loop would wake for a timer, ns */
+
+/* A stage that leaves its seat in order, and the next one there (egress_estate.c). */
+/* Between two runs of the loop: leave all flows and listeners to a successor, in the socket pair @put, @take (rn_estate.h).
+ * How many flows, and nothing may follow but rn_stage_fini(), which ends none of them; or -errno with rn_stage_error() set,
+ * and nothing has changed. */
+int stage_egress_leave(struct rn_stage *s, int put, int take);
+/* After everything else was set up, before the loop: take what a predecessor left. How many flows, 0 also if there is
+ * nothing; or -errno with rn_stage_error() set: what it left cannot be taken, its connections were reset, and the stage
+ * begins with none. */
+int stage_egress_inherit(struct rn_stage *s, int take);
+/* The @k-th listener that is served, as stage_egress_listen() was told: its slot, or -ENOENT: there are not so many. */
+int stage_egress_listener(struct rn_stage *s, uint32_t k, uint32_t *rule);
 
 /* Control, between two runs of the loop. */
 /* End flow @i, if it is still of generation @gen: 0, or -ENOENT. A TCP connection is reset on both sides. */
@@ -64,6 +78,11 @@ uint64_t stage_egress_siphash(uint64_t key0, uint64_t key1, const void *data, ui
 
 struct eg_parked; /* tcp.c: guest segments kept; a list */
 
+struct eg_said { /* a notice to guest_tx or guest_rx (promote.c) */
+	uint32_t index, gen;
+	uint8_t notice, tx;
+};
+
 /* Private half of a flow, same index as in the table. */
 struct flow_priv {
 	int fd; /* host socket or -1 */
@@ -76,6 +95,7 @@ struct flow_priv {
 	uint16_t slot;			 /* wheel slot it hangs in */
 	uint8_t timed;			 /* 1: in the wheel */
 	uint8_t queued;			 /* 1: in the work queue */
+	uint32_t events;		 /* of the socket that epoll tells */
 	uint32_t work_next, work_prev;
 	uint32_t lru_next, lru_prev; /* UDP, ICMP: least recently used order */
 	uint32_t work;		     /* protocol's own bits: what there is to do */
@@ -114,8 +134,17 @@ struct flow_priv {
 struct eg_lru {
 	uint32_t head, tail, n;
 };
-struct eg_backlog; /* stage_egress.c */
 struct inbound;	   /* inbound.c: forwards */
+
+struct eg_backlog { /* a datagram for the guest that found no room */
+	struct eg_backlog *next;
+	uint8_t mac[6], src[4], dst[4];
+	uint8_t proto, ttl;
+	uint16_t id;
+	uint32_t off, len; /* off: bytes of l4 sent so far */
+	uint8_t l4[];
+};
+#define EG_BACKLOG_MAX 32u /* datagrams kept for want of room: one burst of reads and some echo replies */
 
 #define EG_REFUSED 32u	  /* refusals kept until Python takes them; also how many at once, and */
 #define EG_REFUSED_RATE 20u /* a second */
@@ -156,6 +185,7 @@ struct egress {
 	uint8_t notices;
 	struct rn_link link; /* fd -1: not to be written to from here */
 	uint8_t working;     /* 1: in the work queue: no frame of an input ring is being handled */
+	uint8_t left;	     /* 1: what lives is the successor's: end nothing of it */
 	uint8_t raw_ready;	    /* the shared raw ICMP socket may have something */
 	uint16_t ip_id;
 	uint64_t rng;
@@ -187,6 +217,15 @@ uint32_t eg_find(struct egress *e, uint8_t proto, const uint8_t guest[16], uint1
  * in TIME-WAIT: the oldest of those makes room). */
 uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		uint16_t pport, const uint8_t mac[6]);
+/* Entry @i, free so far, goes on where a predecessor's @was stopped, with descriptor @fd or -1; times are @gap ns later.
+ * What hangs on it (parked segments, lists) is still to come. 0, or -errno of epoll_ctl() and nothing was done. */
+int eg_adopt(struct egress *e, uint32_t i, const struct flow_priv *was, int fd, uint64_t gap);
+/* All were adopted: what is free below @fresh may be used. */
+void eg_adopted(struct egress *e, uint32_t fresh);
+/* Keep a datagram for the guest, as far as it was not sent. 0 or -ENOMEM. */
+int eg_backlog_add(struct egress *e, const struct eg_backlog *head, const uint8_t *l4);
+/* Nothing of the table's entries is alive: a predecessor's. */
+void eg_clear_table(struct egress *e);
 /* Out of hash, wheel, queue, LRU; host socket closed; entry free. Parked segments must be gone. */
 void eg_drop(struct egress *e, uint32_t i);
 /* No entry is free; one in TIME-WAIT may make room. */
@@ -241,6 +280,9 @@ enum { /* flow_priv.fast */
 };
 const struct egress_promote *promote_config(const struct egress *e); /* NULL: flows stay here */
 void promote_fini(struct egress *e);
+void promote_begin(struct egress *e); /* tell guest_tx and guest_rx to forget what a predecessor lent them */
+void promote_keep(const struct egress *e, struct rn_estate_out *o); /* notices that found no room */
+int promote_adopt(struct egress *e, struct rn_estate_in *in); /* 0 or -errno */
 /* Hand the flow's socket to guest_tx (@tx) or guest_rx, and offer it. 0, or -errno: not now. */
 int promote_offer(struct egress *e, uint32_t i, int tx, const struct rn_pass *p);
 /* The flow ends: whoever has its socket closes it. Its halves are egress's already. */
@@ -286,7 +328,15 @@ void eg_guest_addr(const struct egress *e, const uint8_t host[4], uint8_t guest_
 
 /* --- protocols --- */
 int tcp_init(struct egress *e);
-void tcp_fini(struct egress *e); /* RST or FIN what lives, free parked */
+void tcp_fini(struct egress *e); /* RST or FIN what lives, free parked; of a stage that left, only the latter */
+void tcp_end_all(struct egress *e); /* RST to both sides of all that lives */
+/* RST to the guest for each connection of the table that is not ours: nobody has its socket any more. */
+void tcp_end_strangers(struct egress *e);
+/* tcp_estate.c: can TCP flow @i of a predecessor be so? What follows from it is not asked again. */
+int tcp_plausible(const struct egress *e, uint32_t i, const struct flow_priv *p, int has_fd);
+/* tcp_estate.c: what only the TCP files have of flow @i. */
+void tcp_keep(struct egress *e, uint32_t i, struct rn_estate_out *o);
+int tcp_adopt(struct egress *e, uint32_t i, struct rn_estate_in *in, uint64_t gap); /* 0 or -errno */
 void tcp_input(struct egress *e, struct eg_frame *f);
 void tcp_event(struct egress *e, uint32_t i, uint32_t events);
 void tcp_take_back(struct egress *e, uint32_t i); /* tcp_promote.c: both halves */

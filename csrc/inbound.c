@@ -187,6 +187,7 @@ int stage_egress_listen(struct rn_stage *s, const struct egress_listener *cfg)
 		.next = EG_NONE,
 		.proto = cfg->proto,
 		.guest_port = cfg->guest_port,
+		.rule = cfg->rule,
 	};
 	memcpy(l->guest4, cfg->guest4, 4);
 	if (!++in->serial)
@@ -227,6 +228,89 @@ int stage_egress_unlisten(struct rn_stage *s, uint32_t slot, int close_flows)
 	in->n--;
 	e->nfds--;
 	return ended;
+}
+
+int stage_egress_listener(struct rn_stage *s, uint32_t k, uint32_t *rule)
+{
+	const struct inbound *in = ((struct egress *)s->priv)->in;
+
+	for (uint32_t slot = 0; slot < in->nl; slot++) {
+		if (in->l[slot].fd < 0 || k--)
+			continue;
+		*rule = in->l[slot].rule;
+		return (int)slot;
+	}
+	return -ENOENT;
+}
+
+/* --- what a predecessor had --- */
+
+int inbound_adopt_slots(struct egress *e, uint32_t slots)
+{
+	int r = 0;
+
+	while (!r && e->in->nl < slots)
+		r = grow(e->in);
+	return r;
+}
+
+int inbound_adopt(struct egress *e, uint32_t slot, const struct in_listener *was, int fd)
+{
+	struct inbound *in = e->in;
+	int r;
+
+	if (in->l[slot].fd >= 0)
+		return -EPROTO;
+	r = rn_stage_watch(e->s, fd, EPOLLIN | EPOLLET, RN_EV(RN_TAG_LISTEN, slot)); /* tells what waits, too */
+	if (r < 0)
+		return r;
+	in->l[slot] = *was;
+	in->l[slot].fd = fd;
+	in->l[slot].next = EG_NONE;
+	in->l[slot].nflows = 0; /* counted as they come */
+	in->l[slot].ready = 0;
+	in->n++;
+	e->nfds++;
+	return 0;
+}
+
+void inbound_adopted(struct egress *e)
+{
+	struct inbound *in = e->in;
+
+	in->free_slot = EG_NONE;
+	for (uint32_t k = in->nl; k-- > 0;) {
+		if (in->l[k].fd >= 0)
+			continue;
+		in->l[k].next = in->free_slot;
+		in->free_slot = k;
+	}
+}
+
+int inbound_adopt_flow(struct egress *e, uint32_t i, const struct in_flow *was)
+{
+	struct inbound *in = e->in;
+
+	if (e->priv[i].proto == RN_IPPROTO_UDP) { /* it lives by its listener's socket */
+		if (was->slot >= in->nl || in->l[was->slot].fd < 0 || in->l[was->slot].serial != was->serial ||
+		    in->l[was->slot].proto != RN_IPPROTO_UDP || was->bucket > in->hash_mask)
+			return -EPROTO;
+		in->l[was->slot].nflows++;
+	}
+	in->flow[i] = *was;
+	if (e->priv[i].proto == RN_IPPROTO_UDP) {
+		in->flow[i].hash_next = in->hash[was->bucket];
+		in->hash[was->bucket] = i;
+	}
+	return 0;
+}
+
+void inbound_forget(struct egress *e)
+{
+	for (uint32_t k = 0; k < e->in->nl; k++)
+		if (e->in->l[k].fd >= 0)
+			(void)stage_egress_unlisten(e->s, k, 0);
+	inbound_adopted(e);
 }
 
 void inbound_event(struct egress *e, uint32_t slot)

@@ -15,6 +15,7 @@ struct egress_listener { /* a forward, its socket bound by whoever has the right
 	uint8_t proto;	     /* IP protocol number: 6 or 17 */
 	uint8_t guest4[4];   /* 0.0.0.0: egress_config.guest4, or whoever speaks if that one never did */
 	uint16_t guest_port; /* host order, not 0 */
+	uint32_t rule;	     /* what the caller calls it, for stage_egress_listener() */
 };
 /* Serve a listener; the socket is the stage's own from now on if the return is its slot, [0, ...). Else -errno:
  * -EMFILE no room for its flows' descriptors, -EINVAL, -ENOMEM, or of epoll_ctl(). */
@@ -44,6 +45,7 @@ struct in_listener {
 	uint8_t proto, ready, big;
 	uint8_t guest4[4];
 	uint16_t guest_port;
+	uint32_t rule;
 };
 
 struct in_flow { /* per flow-table entry */
@@ -82,6 +84,16 @@ struct inbound {
 	uint8_t asked4[4];
 	uint64_t asked_ns;
 };
+
+#define IN_SLOTS_MAX (1u << 20) /* what a predecessor may have had: no more than descriptors */
+
+/* What a predecessor had (egress_estate.c): so many slots; then each listener, @fd its socket, the stage's own if the return
+ * is 0; then inbound_adopted(); then what it knew of each flow that came by one. 0 or -errno. */
+int inbound_adopt_slots(struct egress *e, uint32_t slots);
+int inbound_adopt(struct egress *e, uint32_t slot, const struct in_listener *was, int fd);
+void inbound_adopted(struct egress *e);
+int inbound_adopt_flow(struct egress *e, uint32_t i, const struct in_flow *was);
+void inbound_forget(struct egress *e); /* all listeners: whoever wants them says so again */
 
 int inbound_init(struct egress *e);
 void inbound_fini(struct egress *e);

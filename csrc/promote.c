@@ -9,18 +9,13 @@
 #include <errno.h>
 #include <stdlib.h>
 
-struct said {
-	uint32_t index, gen;
-	uint8_t notice, tx;
-};
-
 #define HOLD_MIN_NS 100000000ull /* after a stage had no descriptor for a socket it is offered no other for so long, */
 #define HOLD_MAX_NS 10000000000ull /* doubled each time that it still has none */
 
 struct promote {
 	struct egress_promote cfg;
 	uint64_t hold_ns[2], held_until[2]; /* guest_rx, guest_tx */
-	struct said *late; /* notices for which there was no room, oldest at first */
+	struct eg_said *late; /* notices for which there was no room, oldest at first */
 	uint32_t first, n, cap;
 };
 
@@ -34,11 +29,41 @@ int stage_egress_promote(struct rn_stage *s, const struct egress_promote *cfg)
 	if (!e->fast)
 		return rn_fail(s, -ENOMEM, "promotion: out of memory");
 	e->fast->cfg = *cfg;
-	if (s->generation > 1) { /* what they have is our predecessor's */
-		promote_notice(e, 0, RN_FN_RESET, 1, 0);
-		promote_notice(e, 0, RN_FN_RESET, 0, 0);
-	}
+	if (s->generation > 1 && !e->cfg.heir)
+		promote_begin(e);
 	return 0;
+}
+
+void promote_begin(struct egress *e)
+{
+	if (!e->fast)
+		return;
+	promote_notice(e, 0, RN_FN_RESET, 1, 0); /* what they have is our predecessor's */
+	promote_notice(e, 0, RN_FN_RESET, 0, 0);
+}
+
+void promote_keep(const struct egress *e, struct rn_estate_out *o)
+{
+	uint32_t n = e->fast ? e->fast->n : 0;
+
+	rn_estate_put(o, &n, sizeof(n));
+	for (uint32_t k = 0; k < n; k++)
+		rn_estate_put(o, &e->fast->late[e->fast->first + k], sizeof(*e->fast->late));
+}
+
+int promote_adopt(struct egress *e, struct rn_estate_in *in)
+{
+	struct eg_said d;
+	uint32_t n;
+
+	if (rn_estate_get(in, &n, sizeof(n)) || (n && !e->fast))
+		return -EPROTO;
+	for (; n; n--) {
+		if (rn_estate_get(in, &d, sizeof(d)) || d.index >= e->nflows || d.notice < RN_FN_OFFER || d.notice > RN_FN_RESET)
+			return -EPROTO;
+		promote_notice(e, d.index, (enum rn_flow_notice)d.notice, d.tx, d.gen);
+	}
+	return e->s->broken ? -ENOMEM : 0;
 }
 
 const struct egress_promote *promote_config(const struct egress *e)
@@ -55,7 +80,7 @@ void promote_fini(struct egress *e)
 	e->fast = NULL;
 }
 
-static int say(struct egress *e, const struct said *n)
+static int say(struct egress *e, const struct eg_said *n)
 {
 	return rn_stage_notice(e->s, n->tx ? RN_ROLE_OFFER : RN_ROLE_GUEST, rn_fn_flags((enum rn_flow_notice)n->notice),
 			       n->index, n->gen);
@@ -64,12 +89,12 @@ static int say(struct egress *e, const struct said *n)
 void promote_notice(struct egress *e, uint32_t i, enum rn_flow_notice notice, int tx, uint32_t gen)
 {
 	struct promote *f = e->fast;
-	struct said n = { .index = i, .gen = gen, .notice = (uint8_t)notice, .tx = (uint8_t)!!tx };
+	struct eg_said n = { .index = i, .gen = gen, .notice = (uint8_t)notice, .tx = (uint8_t)!!tx };
 
 	if (!f->n && !say(e, &n))
 		return;
 	if (f->first + f->n == f->cap) {
-		struct said *more;
+		struct eg_said *more;
 
 		if (f->first) { /* make room in front */
 			for (uint32_t k = 0; k < f->n; k++)

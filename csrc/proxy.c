@@ -24,7 +24,7 @@
  *
  * Limits: 30 s until the yes; 8 datagrams wait for an association, 4 MiB for all; mappings as udp.c.
  */
-#include "proxy.h"
+#include "proxy_internal.h"
 #include "rn_csum.h"
 #include "rn_names.h"
 #include "udp_internal.h"
@@ -44,39 +44,6 @@
 #define PROXY_RELAY_HEADER 22u /* RFC 1928 7 with an IPv6 address */
 #define PROXY_SCRATCH 65536u
 #define PROXY_BURST 16u
-
-#define PXW_READ 1u    /* relay socket may have something */
-#define PXW_CONTROL 2u /* so may the association's TCP connection */
-
-struct proxy_net {
-	uint8_t addr[16];
-	uint8_t prefix;
-};
-struct proxy_wait { /* a datagram that waits for its association */
-	struct proxy_wait *next;
-	uint32_t len, ip_off, l4_off, payload_off, payload_len, each, ndatagrams;
-	uint8_t ttl;
-	uint8_t eth[];
-};
-struct proxy_flow {
-	struct proxy_handshake *hs; /* NULL: over */
-	struct proxy_wait *wait, **wait_end;
-	uint32_t nwait;
-	int control; /* UDP: the TCP connection, or -1 */
-	uint8_t udp, server;
-	uint8_t up; /* TCP: connected to the proxy; UDP: the relay is there */
-};
-struct proxy_state {
-	struct proxy_config cfg;
-	const void *names; /* NULL: not known */
-	struct proxy_net *net;
-	char **name;
-	uint32_t nnets, nnames;
-	struct proxy_flow **flow; /* by entry; NULL: none */
-	uint32_t waiting;	  /* bytes */
-	uint64_t udp_retry[PROXY_SERVERS]; /* ns: until then a server is taken to carry no UDP */
-	uint8_t *scratch;
-};
 
 static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
 
@@ -174,6 +141,8 @@ void proxy_fini(struct egress *e)
 
 	if (!px)
 		return;
+	for (uint32_t i = 0; px->flow && e->left && i < e->fresh; i++)
+		proxy_dropped(e, i); /* our copies of what the successor has */
 	for (uint32_t k = 0; k < px->nnames; k++)
 		free(px->name[k]);
 	free(px->name);
@@ -396,7 +365,7 @@ static uint32_t new_association(struct egress *e, const uint8_t guest[16], uint1
 		e->nfds++;
 	}
 	if (fd < 0 || (connect(fd, (struct sockaddr *)&to, len) < 0 && errno != EINPROGRESS) ||
-	    rn_stage_watch(e->s, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, RN_EV(RN_TAG_PROXY, i)) < 0) {
+	    rn_stage_watch(e->s, fd, PROXY_CONTROL_EVENTS, RN_EV(RN_TAG_PROXY, i)) < 0) {
 		e->px->udp_retry[k] = e->s->now + PROXY_RETRY_DOWN_NS;
 		e->s->c[RN_C_proxy_failed]++;
 		eg_drop(e, i);

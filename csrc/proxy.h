@@ -32,6 +32,11 @@ int stage_egress_bypass_name(struct rn_stage *s, const char *name);
 
 void proxy_fini(struct egress *e);
 void proxy_dropped(struct egress *e, uint32_t i); /* the entry goes */
+/* proxy_estate.c: of flow @i, and of all. What waits for an association is lost, and counted. 0 or -errno. */
+void proxy_keep(struct egress *e, uint32_t i, struct rn_estate_out *o);
+int proxy_adopt(struct egress *e, uint32_t i, struct rn_estate_in *in);
+void proxy_keep_all(const struct egress *e, struct rn_estate_out *o);
+int proxy_adopt_all(struct egress *e, struct rn_estate_in *in);
 void proxy_event(struct egress *e, uint32_t i, uint32_t events); /* RN_TAG_PROXY */
 
 /* TCP. Is this new flow for a proxy? 1: connect to @to, then proxy_tcp_step(); 0: no; -errno. */

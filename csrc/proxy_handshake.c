@@ -28,8 +28,6 @@
 #define HTTP_HEADERS_MAX 8192u
 #define HTTP_PIECE 1024u	/* bytes peeked at once */
 #define HTTP_STATUS_TEXT 13u	/* "HTTP/1.1 200 ": all we need of the line */
-#define OUT_MAX 1536u		/* CONNECT with a name of 253 bytes and 511 bytes of credentials: 1275 */
-#define SOCKS_REPLY_MAX 262u	/* RFC 1928 6 with a name of 255 bytes */
 
 #define SOCKS_VERSION 5u	/* RFC 1928 3 */
 #define SOCKS_METHOD_NONE 0u
@@ -41,29 +39,13 @@
 #define SOCKS_IPV6 4u
 #define SOCKS_AUTH_VERSION 1u	/* RFC 1929 2 */
 
-enum hs_state { HS_HTTP, HS_METHOD, HS_AUTH, HS_REPLY };
-
-struct proxy_handshake {
-	const struct proxy_server *server;
-	struct proxy_target target;
-	uint8_t associate, state, said_no;
-	uint8_t skip_line; /* HTTP: the status line is done, these are headers */
-	uint16_t status;
-	uint32_t line;	  /* HTTP: bytes of the current line without its end */
-	uint32_t headers; /* bytes of all header lines so far */
-	uint32_t have, want; /* bytes of in[] */
-	uint32_t sent, nout;
-	uint8_t in[SOCKS_REPLY_MAX];
-	uint8_t out[OUT_MAX];
-};
-
 static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
 
 static void put(struct proxy_handshake *h, const void *data, size_t len)
 {
-	/* OUT_MAX holds the longest request; a caller that breaks the bounds of the structs gets a cut one. */
-	if (len > OUT_MAX - h->nout)
-		len = OUT_MAX - h->nout;
+	/* PROXY_OUT_MAX holds the longest request; a caller that breaks the bounds of the structs gets a cut one. */
+	if (len > PROXY_OUT_MAX - h->nout)
+		len = PROXY_OUT_MAX - h->nout;
 	memcpy(h->out + h->nout, data, len);
 	h->nout += (uint32_t)len;
 }
@@ -388,6 +370,21 @@ struct proxy_handshake *proxy_handshake_new(const struct proxy_server *server, i
 		ask_http(h);
 	else
 		ask_method(h);
+	return h;
+}
+
+struct proxy_handshake *proxy_handshake_again(const struct proxy_server *server, const struct proxy_handshake *was)
+{
+	struct proxy_handshake *h;
+
+	if (was->state > HS_REPLY || was->nout > sizeof(was->out) || was->sent > was->nout || was->want > sizeof(was->in) ||
+	    was->have > was->want)
+		return NULL;
+	h = malloc(sizeof(*h));
+	if (!h)
+		return NULL;
+	*h = *was;
+	h->server = server;
 	return h;
 }
 

@@ -40,4 +40,26 @@ int proxy_handshake_said_no(const struct proxy_handshake *h);
 int proxy_handshake_bound(const struct proxy_handshake *h, uint8_t addr[16], uint16_t *port);
 /* CFFI END */
 
+#define PROXY_OUT_MAX 1536u /* CONNECT with a name of 253 bytes and 511 bytes of credentials: 1275 */
+#define PROXY_REPLY_MAX 262u /* RFC 1928 6 with a name of 255 bytes */
+
+enum hs_state { HS_HTTP, HS_METHOD, HS_AUTH, HS_REPLY };
+
+struct proxy_handshake {
+	const struct proxy_server *server;
+	struct proxy_target target;
+	uint8_t associate, state, said_no;
+	uint8_t skip_line; /* HTTP: the status line is done, these are headers */
+	uint16_t status;
+	uint32_t line;	  /* HTTP: bytes of the current line without its end */
+	uint32_t headers; /* bytes of all header lines so far */
+	uint32_t have, want; /* bytes of in[] */
+	uint32_t sent, nout;
+	uint8_t in[PROXY_REPLY_MAX];
+	uint8_t out[PROXY_OUT_MAX];
+};
+
+/* Go on where @was, a copy of another process's, stopped. NULL: it cannot be one, or out of memory. */
+struct proxy_handshake *proxy_handshake_again(const struct proxy_server *server, const struct proxy_handshake *was);
+
 #endif

@@ -40,20 +40,10 @@
 #define EG_BURST 64u	     /* frames a turn */
 #define EG_WORK_BUDGET 64u   /* *_work calls a turn */
 #define EG_TIMER_BUDGET 256u /* timers a turn */
-#define EG_BACKLOG_MAX 32u   /* datagrams kept for want of room: one burst of reads and some echo replies */
 #define EG_ICMP_RATE 100u    /* ICMP errors a second, */
 #define EG_ICMP_BURST 50u    /* and at once (RFC 1812 4.3.2.8) */
 #define EG_ICMP_MAX 576u     /* bytes of an error, IP header included (RFC 1812 4.3.2.3) */
 #define EG_NS 1000000000ull
-
-struct eg_backlog {
-	struct eg_backlog *next;
-	uint8_t mac[6], src[4], dst[4];
-	uint8_t proto, ttl;
-	uint16_t id;
-	uint32_t off, len; /* off: bytes of l4 sent so far */
-	uint8_t l4[];
-};
 
 /* --- random numbers and hashing --- */
 
@@ -278,6 +268,64 @@ uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16
 			      memory_order_relaxed);
 	note_flow(e, i, RN_DID_OPEN, 0);
 	return i;
+}
+
+int eg_adopt(struct egress *e, uint32_t i, const struct flow_priv *was, int fd, uint64_t gap)
+{
+	struct flow_priv *p = &e->priv[i];
+	const struct rn_flow *fl = eg_flow(e, i);
+
+	*p = *was;
+	p->fd = -1;
+	p->timer_next = p->timer_prev = p->work_next = p->work_prev = p->lru_next = p->lru_prev = EG_NONE;
+	p->deadline = UINT64_MAX;
+	p->timed = p->queued = p->in_lru = 0;
+	p->parked = NULL;
+	p->nparked = 0;
+	if (fd >= 0) {
+		int r = eg_watch(e, i, fd, was->events);
+
+		if (r) {
+			p->proto = 0;
+			return r;
+		}
+	}
+	p->bucket = key_bucket(e, p->proto, fl->guest_addr, fl->guest_port, fl->peer_addr, fl->peer_port);
+	p->hash_next = e->hash[p->bucket];
+	e->hash[p->bucket] = i;
+	e->used++;
+	if (e->fresh <= i)
+		e->fresh = i + 1;
+	if (was->timed && was->deadline != UINT64_MAX)
+		eg_timer(e, i, was->deadline + gap);
+	return 0;
+}
+
+void eg_adopted(struct egress *e, uint32_t fresh)
+{
+	if (e->fresh < fresh)
+		e->fresh = fresh;
+	e->free_head = EG_NONE;
+	for (uint32_t i = e->fresh; i-- > 0;) {
+		if (e->priv[i].proto)
+			continue;
+		e->priv[i].hash_next = e->free_head;
+		e->priv[i].fd = -1;
+		e->free_head = i;
+	}
+}
+
+void eg_clear_table(struct egress *e)
+{
+	for (uint32_t i = 0; i < e->nflows; i++) {
+		struct rn_flow *fl = eg_flow(e, i);
+
+		atomic_store_explicit(&fl->state, RN_FL_FREE, memory_order_relaxed);
+		atomic_store_explicit(&fl->up.owner, 0, memory_order_release); /* F1 */
+		atomic_store_explicit(&fl->down.owner, 0, memory_order_release);
+	}
+	e->free_head = EG_NONE;
+	e->fresh = 0;
 }
 
 static struct eg_lru *lru_of(struct egress *e, uint32_t i)
@@ -510,6 +558,7 @@ int eg_watch(struct egress *e, uint32_t i, int fd, uint32_t events)
 	if (r < 0)
 		return r;
 	e->priv[i].fd = fd;
+	e->priv[i].events = events;
 	e->nfds++;
 	return 0;
 }
@@ -518,6 +567,7 @@ int eg_rewatch(struct egress *e, uint32_t i, uint32_t events)
 {
 	struct epoll_event ev = { .events = events, .data.u64 = RN_EV(RN_TAG_FLOW, i) };
 
+	e->priv[i].events = events;
 	return epoll_ctl(e->s->epfd, EPOLL_CTL_MOD, e->priv[i].fd, &ev) < 0 ? -errno : 0;
 }
 
@@ -768,35 +818,35 @@ static int send_rest(struct egress *e, const uint8_t mac[6], const uint8_t src[4
 	return 0;
 }
 
-int eg_send_datagram(struct egress *e, const uint8_t mac[6], const uint8_t src[4], const uint8_t dst[4], uint8_t proto,
-		     const uint8_t *l4, uint32_t l4_len, uint8_t ttl)
+int eg_backlog_add(struct egress *e, const struct eg_backlog *head, const uint8_t *l4)
 {
-	struct eg_backlog *k;
-	uint16_t id = e->ip_id++;
-	uint32_t off = 0;
+	struct eg_backlog *k = malloc(sizeof(*k) + head->len);
 
-	if (!e->backlog && !send_rest(e, mac, src, dst, proto, ttl, id, l4, l4_len, &off))
-		return 0;
-	/* Fragments already out are worthless without the rest, so keep it even over the bound. */
-	if (!off && e->nbacklog >= EG_BACKLOG_MAX)
-		return -EAGAIN;
-	k = malloc(sizeof(*k) + l4_len);
 	if (!k)
-		return -EAGAIN;
+		return -ENOMEM;
+	memcpy(k, head, sizeof(*k));
 	k->next = NULL;
-	memcpy(k->mac, mac, 6);
-	memcpy(k->src, src, 4);
-	memcpy(k->dst, dst, 4);
-	k->proto = proto;
-	k->ttl = ttl;
-	k->id = id;
-	k->off = off;
-	k->len = l4_len;
-	memcpy(k->l4, l4, l4_len);
+	memcpy(k->l4, l4, head->len);
 	*e->backlog_end = k;
 	e->backlog_end = &k->next;
 	e->nbacklog++;
 	return 0;
+}
+
+int eg_send_datagram(struct egress *e, const uint8_t mac[6], const uint8_t src[4], const uint8_t dst[4], uint8_t proto,
+		     const uint8_t *l4, uint32_t l4_len, uint8_t ttl)
+{
+	struct eg_backlog head = { .proto = proto, .ttl = ttl, .id = e->ip_id++, .len = l4_len };
+
+	if (!e->backlog && !send_rest(e, mac, src, dst, proto, ttl, head.id, l4, l4_len, &head.off))
+		return 0;
+	/* Fragments already out are worthless without the rest, so keep it even over the bound. */
+	if (!head.off && e->nbacklog >= EG_BACKLOG_MAX)
+		return -EAGAIN;
+	memcpy(head.mac, mac, 6);
+	memcpy(head.src, src, 4);
+	memcpy(head.dst, dst, 4);
+	return eg_backlog_add(e, &head, l4) ? -EAGAIN : 0;
 }
 
 /* The backlog, oldest first. 1: something went out; 0: nothing did. */
@@ -1163,10 +1213,16 @@ static void egress_fini(struct rn_stage *s)
 	tcp_fini(e);
 	udp_fini(e);
 	icmp_fini(e);
-	for (uint32_t i = 0; i < e->fresh; i++)
-		if (e->priv[i].proto)
+	for (uint32_t i = 0; i < e->fresh; i++) {
+		if (!e->priv[i].proto)
+			continue;
+		if (!e->left)
 			eg_drop(e, i);
-	run_backlog(e);
+		else if (e->priv[i].fd >= 0)
+			close(e->priv[i].fd); /* the successor has it, or it waits for one */
+	}
+	if (!e->left)
+		run_backlog(e);
 	egress_free(e);
 	s->priv = NULL;
 }
@@ -1195,14 +1251,9 @@ static int init_tables(struct egress *e)
 	for (uint32_t k = 0; k <= EG_WHEEL; k++)
 		e->wheel[k] = EG_NONE;
 	e->free_head = EG_NONE;
-	/* What a predecessor left has no socket any more; of the first generation the table is zero, which says free. */
-	for (uint32_t i = 0; e->s->generation > 1 && i < e->nflows; i++) {
-		struct rn_flow *fl = eg_flow(e, i);
-
-		atomic_store_explicit(&fl->state, RN_FL_FREE, memory_order_relaxed);
-		atomic_store_explicit(&fl->up.owner, 0, memory_order_release); /* F1 */
-		atomic_store_explicit(&fl->down.owner, 0, memory_order_release);
-	}
+	/* What a predecessor had has no socket any more; of the first generation the table is zero, which says free. */
+	if (e->s->generation > 1 && !e->cfg.heir)
+		eg_clear_table(e);
 	e->work_head = e->work_tail = EG_NONE;
 	e->udp_lru = e->icmp_lru = e->tw_lru = (struct eg_lru){ .head = EG_NONE, .tail = EG_NONE };
 	e->backlog_end = &e->backlog;

@@ -88,7 +88,7 @@ void tcp_set_timer(struct egress *e, uint32_t i)
 uint64_t tcp_rto_after(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
-	uint64_t rto = (uint64_t)eg_flow(e, i)->down.rto_us << (p->backoff < 16 ? p->backoff : 16);
+	uint64_t rto = (uint64_t)eg_flow(e, i)->down.rto_us << (p->backoff < TCP_BACKOFF_MAX ? p->backoff : TCP_BACKOFF_MAX);
 
 	return e->s->now + us(rto < TCP_RTO_MAX_US ? rto : TCP_RTO_MAX_US);
 }
@@ -470,7 +470,7 @@ void tcp_timer(struct egress *e, uint32_t i)
 		else
 			eg_work(e, i, W_DOWN);
 	} else if (st == RN_FL_ESTABLISHED && f->down.snd_wnd == 0 && (p->flags & F_READABLE)) {
-		if (p->backoff < 16)
+		if (p->backoff < TCP_BACKOFF_MAX)
 			p->backoff++;
 		p->rto_at = tcp_rto_after(e, i);
 		eg_work(e, i, W_PROBE);
@@ -924,33 +924,69 @@ void tcp_input(struct egress *e, struct eg_frame *fr)
 	}
 }
 
+/* A cut connection must not look like a whole one to either side. If there is no room the guest hears of it with the next
+ * segment it sends. */
+static void cut_short(struct egress *e, struct rn_flow *f)
+{
+	uint8_t st = get_state(f), flags = st == RN_FL_SYN_SENT ? RN_TH_RST : RN_TH_RST | RN_TH_ACK;
+	struct rn_buf *b;
+
+	if (st != RN_FL_ESTABLISHED && st != RN_FL_SYN_RCVD && st != RN_FL_SYN_SENT)
+		return;
+	b = eg_out_buf(e, RN_SMALL);
+	if (b)
+		tcp_emit(e, f, b, f->down.snd_max, f->up.rcv_nxt, flags, 0, NULL, 0, 0, f->down.mss ? f->down.mss : 536);
+}
+
+void tcp_end_all(struct egress *e)
+{
+	for (uint32_t i = 0; i < e->fresh; i++) {
+		if (e->priv[i].proto != RN_IPPROTO_TCP)
+			continue;
+		tcp_take_back(e, i);
+		cut_short(e, eg_flow(e, i));
+		tcp_abort_host(e, i);
+		tcp_gone(e, i);
+	}
+}
+
+void tcp_end_strangers(struct egress *e)
+{
+	const _Atomic uint32_t *stop = e->s->cell ? &e->s->cell->stop : NULL;
+
+	for (uint32_t i = 0; i < e->nflows; i++) {
+		struct rn_flow *f = eg_flow(e, i);
+
+		if (e->priv[i].proto || f->proto != RN_IPPROTO_TCP || get_state(f) == RN_FL_FREE)
+			continue;
+		rn_half_seize(&f->up.owner, rn_owner(e->s->row), stop); /* from guest_tx, guest_rx: they stop here */
+		rn_half_seize(&f->down.owner, rn_owner(e->s->row), stop);
+		cut_short(e, f);
+	}
+}
+
+/* The successor has its copy of all. */
+static void free_copies(struct egress *e)
+{
+	for (uint32_t i = 0; i < e->fresh; i++) {
+		if (e->priv[i].proto != RN_IPPROTO_TCP)
+			continue;
+		for (const struct eg_parked *n = e->priv[i].parked; n; n = n->next)
+			free(n->own);
+		free(e->tcp->flow[i].sacked);
+	}
+}
+
 void tcp_fini(struct egress *e)
 {
 	struct tcp_state *t = e->tcp;
 
 	if (!t)
 		return;
-	if (t->flow && t->nodes) {
-		for (uint32_t i = 0; i < e->fresh; i++) {
-			struct rn_flow *f = eg_flow(e, i);
-			uint8_t st = get_state(f);
-
-			if (f->proto != RN_IPPROTO_TCP || st == RN_FL_FREE)
-				continue;
-			tcp_take_back(e, i);
-			if (st == RN_FL_ESTABLISHED || st == RN_FL_SYN_RCVD || st == RN_FL_SYN_SENT) {
-				struct rn_buf *b = eg_out_buf(e, RN_SMALL);
-				uint8_t flags = st == RN_FL_SYN_SENT ? RN_TH_RST : RN_TH_RST | RN_TH_ACK;
-
-				/* A cut connection must not look like a whole one to either side. */
-				if (b)
-					tcp_emit(e, f, b, f->down.snd_max, f->up.rcv_nxt, flags, 0, NULL, 0, 0,
-						 f->down.mss ? f->down.mss : 536);
-				tcp_abort_host(e, i);
-			}
-			tcp_gone(e, i);
-		}
-	}
+	if (e->left)
+		free_copies(e);
+	else if (t->flow && t->nodes)
+		tcp_end_all(e);
 	if (t->spare)
 		rn_buf_free(&e->s->pool, t->spare);
 	free(t->flow);

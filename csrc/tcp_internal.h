@@ -29,6 +29,8 @@
 #define TCP_PUMP 4u		 /* frames a flow may send before the next one's turn */
 #define TCP_RETRIES 12u		 /* about 6 minutes at the maximum; RFC 9293 3.8.3 R2 >= 100 s */
 #define TCP_SYN_RETRIES 5u
+#define TCP_BACKOFF_MAX 16u /* the timeout is doubled no further */
+#define TCP_FAST_BACKOFF_MAX 10u /* nor is the wait before down is lent again */
 #define TCP_RTO_SYN_LOST_US 3000000u /* RFC 6298 5.7 */
 #define TCP_TIME_WAIT_NS 60000000000ull /* as Linux: some of the guest's timeouts, should our last ACKs be lost */
 #define TCP_KEEPALIVE_NS (7200ull * 1000000000ull) /* RFC 9293 3.8.4 */
@@ -184,6 +186,7 @@ uint16_t tcp_clamp_mss(const struct egress *e, uint16_t mss); /* what we send at
 /* tcp_up.c */
 int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, const uint8_t *data, uint32_t len);
 void tcp_park_drop(struct egress *e, uint32_t i);
+void tcp_park_rest(struct egress *e, uint32_t i);
 int tcp_up_flush(struct egress *e, uint32_t i);
 int tcp_update_window(struct egress *e, uint32_t i);
 uint32_t tcp_up_edge(struct egress *e, uint32_t i);

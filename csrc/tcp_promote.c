@@ -151,7 +151,7 @@ void tcp_take_down(struct egress *e, uint32_t i)
 	e->s->c[RN_C_recalled_down]++;
 	if (e->s->now - p->fast_at > LASTS_NS)
 		p->fast_backoff = 0;
-	else if (p->fast_backoff < 10)
+	else if (p->fast_backoff < TCP_FAST_BACKOFF_MAX)
 		p->fast_backoff++;
 	p->fast_at = e->s->now + (SETTLE_NS << p->fast_backoff);
 

@@ -71,9 +71,13 @@ static void edge_moves(struct egress *e, uint32_t i, const struct eg_parked *n)
 	e->tcp->flow[i].edge = edge;
 }
 
-/* End of a flush: what is left waits for longer than this turn, so it moves out of the arena. What finds no place
- * is dropped: it was not acknowledged, the guest sends it again. */
-static void park_rest(struct egress *e, uint32_t i)
+/**
+ * tcp_park_rest() - End of a flush
+ *
+ * What is left waits for longer than this turn, so it moves out of the arena. What finds no place is dropped: it was not
+ * acknowledged, the guest sends it again.
+ */
+void tcp_park_rest(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct tcp_state *t = e->tcp;
@@ -283,7 +287,7 @@ int tcp_up_flush(struct egress *e, uint32_t i)
 	if (f->up.rcv_nxt != start)
 		eg_work(e, i, W_ACK);
 	rn_wait_set(&f->up.wait, &f->up.wait_ns, p->flags & F_BLOCKED ? RN_WAIT_HOST : RN_WAIT_NONE, e->s->now);
-	park_rest(e, i);
+	tcp_park_rest(e, i);
 	check_fin(e, i);
 	return 0;
 }

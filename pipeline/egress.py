@@ -11,6 +11,7 @@ import errno
 import ipaddress
 import os
 import resource
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -47,7 +48,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     proxy: Plan | None = None  # hosts are addresses
 
 
-def _c_config(cfg: Config, raw_icmp: int) -> object:
+def _c_config(cfg: Config, raw_icmp: int, heir: bool) -> object:
     """struct egress_config *. Raises StageError if dns_path is too long."""
     path = cfg.dns_path.encode()
     if len(path) > DNS_PATH_MAX:
@@ -69,6 +70,7 @@ def _c_config(cfg: Config, raw_icmp: int) -> object:
     c.pending_max = cfg.pending_max
     c.dns_path = path
     c.seed = cfg.seed
+    c.heir = heir
     return c
 
 
@@ -138,12 +140,21 @@ def refusals(stage: Any) -> list[Refused]:
     return found
 
 
+def _listeners(stage: Any) -> Iterator[tuple[int, int]]:
+    """(rule, the data plane's name for it) of what is served."""
+    rule = ffi.new("uint32_t *")
+    k = 0
+    while (slot := lib.stage_egress_listener(stage, k, rule)) >= 0:
+        yield rule[0], slot
+        k += 1
+
+
 class Forwards:
     """What the supervisor has us listen on. Descriptors are the data plane's once it took them."""
 
     def __init__(self, stage: Any) -> None:
         self._stage = stage
-        self._slots: dict[int, int] = {}  # rule: the data plane's name for it
+        self._slots = dict(_listeners(stage))  # rule: the data plane's name for it
         self._add: list[tuple[Rule, int]] = []  # of the parts so far
         self._remove: list[int] = []
 
@@ -154,6 +165,11 @@ class Forwards:
         if not ask.commit:
             return ""
         add, self._add, remove, self._remove = self._add, [], self._remove, []
+        if ask.whole:
+            remove = list(self._slots.keys() - {rule.rule for rule, _ in add})
+            for _, fd in (known := [(rule, fd) for rule, fd in add if rule.rule in self._slots]):
+                os.close(fd)  # a predecessor left it to us
+            add = [a for a in add if a not in known]
         made: dict[int, int] = {}
         for n, (rule, fd) in enumerate(add):
             slot = self._listen(rule, fd)
@@ -173,7 +189,7 @@ class Forwards:
     def _listen(self, rule: Rule, fd: int) -> int:
         guest = ipaddress.IPv4Address(rule.guest_addr or 0).packed
         c = ffi.new("struct egress_listener *", {"fd": fd, "proto": 6 if rule.proto == "tcp" else 17, "guest4": guest,
-                                                 "guest_port": rule.guest_port})
+                                                 "guest_port": rule.guest_port, "rule": rule.rule})
         return lib.stage_egress_listen(self._stage, c)
 
 
@@ -199,11 +215,29 @@ def _handle(ctx: StageContext) -> None:
                      PolicyChange: policy}
 
 
+def _inherit(ctx: StageContext) -> None:
+    """Go on with the flows of the process that left this seat, if there was one."""
+    n = lib.stage_egress_inherit(ctx.stage, ctx.fds["estate_take"])
+    if n < 0:
+        ctx.say("warning", f"{ffi.string(lib.rn_stage_error(ctx.stage)).decode()}; its connections are reset")
+    elif n:
+        ctx.say("info", f"goes on with {n} flows of the process that left this seat")
+
+
+def _leave(ctx: StageContext) -> None:
+    """All flows to whoever takes this seat next."""
+    n = lib.stage_egress_leave(ctx.stage, ctx.fds["estate_put"], ctx.fds["estate_take"])
+    if n < 0:
+        ctx.say("warning", f"{ffi.string(lib.rn_stage_error(ctx.stage)).decode()}; its connections are reset")
+    elif n:
+        ctx.say("info", f"leaves {n} flows to whoever takes this seat")
+
+
 def init(cfg: Config, ctx: StageContext) -> None:
     """Make ctx.stage this stage. Raises StageError with the data plane's text."""
     if ctx.flows is None:
         raise StageError("the flow table was not granted")
-    rc = lib.stage_egress_init(ctx.stage, *ctx.flows, _c_config(cfg, ctx.fds.get("raw_icmp", -1)))
+    rc = lib.stage_egress_init(ctx.stage, *ctx.flows, _c_config(cfg, ctx.fds.get("raw_icmp", -1), "estate_take" in ctx.fds))
     if rc < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode() or os.strerror(-rc))
     if cfg.promote:
@@ -218,6 +252,9 @@ def init(cfg: Config, ctx: StageContext) -> None:
     if cfg.proxy is not None:
         set_proxy(ctx.stage, cfg.proxy, ctx.names)
     set_policy(ctx.stage, cfg.policy)
+    if "estate_take" in ctx.fds:
+        _inherit(ctx)
+        ctx.leave = lambda: _leave(ctx)
     _handle(ctx)
 
 

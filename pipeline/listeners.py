@@ -102,17 +102,21 @@ class Change:
         """What was to be added, as it is: with the port that was free, without what could not be had of `all`."""
         return [h.forward for h in self._fresh + self._reused + self._relabelled]
 
-    def messages(self, *, close_flows: bool) -> Iterator[tuple[ForwardsChange, list[int]]]:
-        """For egress, with descriptors; it acts on the last one. Nothing if nothing changes for egress."""
+    def messages(self, *, close_flows: bool, whole: bool = False) -> Iterator[tuple[ForwardsChange, list[int]]]:
+        """For egress, with descriptors; it acts on the last one. Nothing if nothing changes for egress. whole: what is
+        added is all there is."""
         add = self._fresh + self._reused
         remove = [h.rule for h in self._removed]
-        while add or remove:
+        first = whole
+        while add or remove or first:
+            first = False
             now, add = add[:PART], add[PART:]
             gone, remove = remove[:1000], remove[1000:]
             yield ForwardsChange(
                 add=tuple(Rule(rule=h.rule, proto=h.forward.proto, guest_addr=h.forward.guest_addr,
                                guest_port=h.forward.guest_port) for h in now),
-                remove=tuple(gone), close_flows=close_flows, commit=not (add or remove)), [h.sock.fileno() for h in now]
+                remove=tuple(gone), close_flows=close_flows, whole=whole,
+                commit=not (add or remove)), [h.sock.fileno() for h in now]
 
     def commit(self) -> None:
         held = self._listeners.held
@@ -211,8 +215,8 @@ class Listeners:
         fresh.append(Held(self._rule(), f, sock))
 
     def again(self) -> Iterator[tuple[ForwardsChange, list[int]]]:
-        """All there is, for an egress that knows of none."""
-        return Change(self, list(self.held.values()), [], [], []).messages(close_flows=False)
+        """All there is, for a successor of egress, which knows of those that its predecessor left."""
+        return Change(self, list(self.held.values()), [], [], []).messages(close_flows=False, whole=True)
 
     def close(self) -> None:
         for h in self.held.values():

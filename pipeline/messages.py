@@ -191,6 +191,7 @@ class ForwardsChange(Ask, kw_only=True):
     add: tuple[Rule, ...] = ()
     remove: tuple[int, ...] = ()
     close_flows: bool = False  # connections of removed rules are reset
+    whole: bool = False  # what `add` has, in all parts, is all there is: other rules go, those that are there already stay
     commit: bool = True
 
     def carries(self) -> int:

@@ -2,7 +2,8 @@
 
 A stage's seat is what the topology grants it: its rings, doorbells, shared memory, the guest's link. The supervisor
 keeps all of it, and where the work stands is in shared memory, so a successor goes on where the last process stopped
-(csrc/rn_stage.c, rn_stage_recover()). Two policies:
+(csrc/rn_stage.c, rn_stage_recover()). egress has host sockets and more that is its own: in order it leaves them in a
+socket pair that the supervisor holds (csrc/egress_estate.c), killed it loses them. Two policies:
 
     restart   a stage that died is started again, at generation + 1: at once, then after 0.1 s, 0.2 s, ... At most
               `restarts` times within a minute; then the session ends, as it does for a stage that the topology does

@@ -41,6 +41,7 @@ from pipeline.messages import (
     Leave,
     LinkBroken,
     Link2Change,
+    Level,
     LinkChange,
     LogLevel,
     Message,
@@ -106,8 +107,9 @@ class StageContext:
     granted to it already. draining: a Cancel came; end when nothing is left to move.
     """
 
-    def __init__(self, channel: Channel, conf: Configure, fds: dict[str, int], wake: int = -1) -> None:
-        """wake: becomes readable when a signal came (signal.set_wakeup_fd)."""
+    def __init__(self, channel: Channel, conf: Configure, fds: dict[str, int], wake: int = -1, *,
+                 by_hand: bool = False) -> None:
+        """wake: becomes readable when a signal came (signal.set_wakeup_fd). by_hand: a signal frees the seat."""
         self.name = conf.stage
         self.row = conf.row
         self.generation = conf.generation
@@ -119,6 +121,9 @@ class StageContext:
             Pace: self._set_pace, Wire: self._set_wire}
         self._captures: dict[int, tuple[Memory, int]] = {}  # mirror and doorbell by the capture's number
         self.wake = wake
+        self.by_hand = by_hand
+        # Called by run_loop() when the seat is left in order, before the C half ends: what a successor shall go on with.
+        self.leave: Callable[[], None] = lambda: None
         self._channel = channel
         self._running = False
 
@@ -220,6 +225,11 @@ class StageContext:
             return False
         return True
 
+    def say(self, level: Level, text: str) -> None:
+        """On standard error; to somebody in a terminal whatever the level asked for."""
+        for log in _LOGS:
+            log.write(level, text, always=self.by_hand)
+
     def _set_log_level(self, ask: LogLevel, _fds: list[int]) -> str:
         set_log_level(ask.level)
         return ""
@@ -295,7 +305,9 @@ class StageContext:
                 match lib.rn_stage_run(self.stage):
                     case lib.RN_RUN_CONTROL:
                         if (ended := self.handle_control()) is not None:
-                            return ended
+                            on_notice()
+                            self.leave()
+                            return self.ended(ended.reason)
                     case lib.RN_RUN_DRAINED:
                         break
                     case lib.RN_RUN_STOPPED:
@@ -307,6 +319,11 @@ class StageContext:
                         pass  # Python runs its handlers between two bytecodes: about here
                     case _:
                         raise StageError(ffi.string(lib.rn_stage_error(self.stage)).decode() or "data plane error")
+        except Terminated:
+            if self.by_hand and not self.draining:
+                on_notice()
+                self.leave()
+            raise
         finally:
             lib.rn_stage_fini(self.stage)
         return self.ended(reason)
@@ -413,7 +430,7 @@ def _raise_nofile() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def serve(name: str, channel: Channel, wake: int = -1) -> Ended:
+def serve(name: str, channel: Channel, wake: int = -1, *, by_hand: bool = False) -> Ended:
     """The whole life of a stage, up to what it has to say at its end. Raises StageError, MessageError, Orphaned,
     Terminated, and whatever the stage raises."""
     channel.send(Hello(version=VERSION, stage=name, pid=os.getpid()))
@@ -433,7 +450,7 @@ def serve(name: str, channel: Channel, wake: int = -1) -> Ended:
         raise StageError(f"configuration: {e}") from e
     if conf.flows_size:
         _raise_nofile()
-    ctx = StageContext(channel, conf, dict(zip(conf.fds, fds, strict=True)), wake)
+    ctx = StageContext(channel, conf, dict(zip(conf.fds, fds, strict=True)), wake, by_hand=by_hand)
     if (acquire := getattr(module, "acquire", None)) is not None:
         acquire(cfg, ctx)
     _drop_rights()
@@ -500,7 +517,7 @@ def main(argv: list[str], *, by_hand: bool = False) -> int:
     code = StageExit.OK
     last: Ended | Failed
     try:
-        last = serve(name, channel, wake)
+        last = serve(name, channel, wake, by_hand=by_hand)
     except Terminated as e:
         last = Ended(reason=str(e))
     except (Orphaned, BrokenPipeError):

@@ -622,7 +622,7 @@ class Session:
             case State.RUNNING:
                 if (level := self._levels.get(child.decl.name, self._levels.get(""))) is not None:
                     self.ask(child.decl.name, LogLevel(level=level), lambda error: None)
-                if child.decl.flows:
+                if child.decl.name == "egress":
                     for ask, fds in self._listeners.again():
                         self.ask(child.decl.name, ask, lambda error: self._warn(error) if error else None, fds)
                 for which in (w for w, now in self._links.items() if w in child.decl.fds and child.has.get(w) != now):
@@ -893,6 +893,10 @@ class Session:
             if {ours, theirs} <= wanted:  # sockets of promoted flows: csrc/rn_fdpass.h
                 for name, end in zip((ours, theirs), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET), strict=True):
                     self._extras[name] = end.detach()
+        if {"estate_put", "estate_take"} <= wanted:  # what a stage left to its successor lies in it: csrc/rn_estate.h
+            for name, end in zip(("estate_put", "estate_take"), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET),
+                                 strict=True):
+                self._extras[name] = end.detach()
         if "dns_listen" in wanted:
             self._dns = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._dns.bind("")  # the kernel picks a free abstract name (unix(7), autobind)
@@ -1174,6 +1178,8 @@ class Session:
             self._dns.close()
             self._dns = None
         self._drop_link()
+        if (estate := self._extras.get("estate_take", -1)) >= 0:
+            lib.rn_estate_discard(estate)  # the hosts' ends of what nobody goes on with are reset
         for fd in self._extras.values():
             os.close(fd)
         self._extras = {}

@@ -152,7 +152,7 @@ TOPOLOGY = Topology(
         Stage(name="classify", does="checks, dispatches, answers ARP, reassembles fragments", small=256, large=32,
               restart=True),
         Stage(name="egress", does="TCP bridge, UDP and ICMP proxies over host sockets", small=2048, large=128,
-              fds=("raw_icmp", "flows_to_tx", "flows_to_rx", "link_tap"), flows=True, names="read"),
+              fds=("raw_icmp", "flows_to_tx", "flows_to_rx", "link_tap", "estate_put", "estate_take"), flows=True, names="read"),
         Stage(name="services", does="DHCP server, DNS forwarder, hosts table", small=128, large=16,
               fds=("dns_listen",), names="write", restart=True),
         Stage(name="guest_rx", does="writes frames to the guest", fds=("link", "link2", "pcap", "flows_rx"), flows=True,

@@ -7,6 +7,7 @@ uses builder() through cffi_modules for wheels. $RINGNET_CFLAGS is added to our 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import keyword
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,11 @@ OBJECTS = ROOT / "build" / "dataplane"
 
 BASE_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-fno-strict-aliasing", "-fvisibility=hidden"]
 STRICT_FLAGS = ["-Wall", "-Wextra", "-Werror"]  # our files; not the wrapper that cffi writes, not in wheels
+
+# Declarations of what egress leaves to a successor, by which two builds know that they mean the same (csrc/egress_estate.c).
+ESTATE = "egress_estate.c"
+ESTATE_HEADERS = ("rn_flow.h", "rn_promote.h", "egress.h", "tcp_internal.h", "inbound.h", "proxy_handshake.h", "proxy_internal.h")
+ESTATE_RECORDS = (ESTATE, "tcp_estate.c", "proxy_estate.c")  # of these the structs
 
 _MARKED = re.compile(r"/\* CFFI BEGIN \*/\n(.*?)/\* CFFI END \*/", re.DOTALL)
 _INCLUDE = re.compile(r'^#include "([^"]+\.h)"', re.MULTILINE)
@@ -70,6 +77,22 @@ def sources() -> list[Path]:
     return sorted(CSRC.glob("*.c"))
 
 
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_STRUCT = re.compile(r"^struct \w+ \{.*?^\};", re.DOTALL | re.MULTILINE)
+_PROTOTYPE = re.compile(r"^(?:static inline )?[a-z][\w ]*[ *]\w+\([^{};]*\);", re.MULTILINE)
+
+
+def estate_layout(read: Callable[[str], str] = lambda name: (CSRC / name).read_text()) -> int:
+    """64 bits of the declarations: other structs, enums or defines make another number, comments and prototypes do not."""
+    digest = hashlib.sha256()
+    for name in ESTATE_HEADERS:
+        digest.update(" ".join(_PROTOTYPE.sub("", _COMMENT.sub(" ", read(name))).split()).encode())
+    for name in ESTATE_RECORDS:
+        for struct in _STRUCT.findall(_COMMENT.sub(" ", read(name))):
+            digest.update(" ".join(struct.split()).encode())
+    return int.from_bytes(digest.digest()[:8])
+
+
 def builder() -> FFI:
     ffi = FFI()
     ffi.cdef(declarations())
@@ -79,10 +102,14 @@ def builder() -> FFI:
         sources=[os.path.relpath(p, ROOT) for p in sources()],  # setuptools wants them relative to setup.py
         include_dirs=["csrc"],
         depends=[os.path.relpath(p, ROOT) for p in [*sorted(CSRC.glob("*.h")), *sorted(CSRC.glob("*.def"))]],
-        extra_compile_args=BASE_FLAGS,
+        extra_compile_args=[*BASE_FLAGS, _layout_flag()],
         py_limited_api=True,
     )
     return ffi
+
+
+def _layout_flag() -> str:
+    return f"-DRN_ESTATE_LAYOUT={estate_layout():#x}ull"
 
 
 def _outdated(target: Path, inputs: list[Path]) -> bool:
@@ -132,7 +159,8 @@ def build(*, verbose: bool = False) -> Path:
         python = [f"-I{sysconfig.get_path('include')}", "-Wall", "-Wno-unused"]
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             jobs = [pool.submit(_compile, wrapper, [*BASE_FLAGS, *python])]
-            jobs += [pool.submit(_compile, src, [*BASE_FLAGS, *STRICT_FLAGS, *extra]) for src in sources()]
+            jobs += [pool.submit(_compile, src, [*BASE_FLAGS, *STRICT_FLAGS, *([_layout_flag()] if src.name == ESTATE else []),
+                                                 *extra]) for src in sources()]
         objects = [str(job.result()) for job in jobs]
         fresh = TARGET.with_suffix(".new")
         link = [*shlex.split(os.environ.get("CC", "gcc")), "-shared", *objects, "-o", str(fresh)]

@@ -369,11 +369,11 @@ class EgressOnly(Guest):
         self._bytes = ffi.buffer(self._arena.mem, self._arena.size)
         self._flows = self._memory(lib.rn_flows_size(flows))
         _ok(lib.rn_flows_create(self._flows.mem, self._flows.size, flows, 1, 2))
-        rings = [self._memory(lib.rn_ring_size(n)) for n in (1024, ring)]
+        self._rings = rings = [self._memory(lib.rn_ring_size(n)) for n in (1024, ring)]
         for r, n in zip(rings, (1024, ring), strict=True):
             _ok(lib.rn_ring_create(r.mem, r.size, n))
         err = ffi.new("int *")
-        bells = [lib.rn_bell_new() for _ in range(3)]
+        self._bells = bells = [lib.rn_bell_new() for _ in range(3)]
         self._with.callback(lambda: [os.close(b) for b in bells])
         self._tx = lib.rn_ring_tx_new(rings[0].mem, rings[0].size, bells[1], err)
         self._with.callback(lib.rn_ring_tx_delete, self._tx)
@@ -385,27 +385,58 @@ class EgressOnly(Guest):
         self._with.callback(lib.rn_pool_delete, self._free)
         lib.rn_pool_bell(self._free, self._EGRESS, bells[1])
 
-        self._stage = s = lib.rn_stage_new(self._EGRESS, 1)
-        self._with.callback(lib.rn_stage_free, s)
-        _ok(lib.rn_stage_set_session(s, self._session.mem, self._session.size), s)
-        _ok(lib.rn_stage_set_arena(s, self._arena.mem, self._arena.size, 1), s)
-        for row, bell in enumerate(bells):
-            _ok(lib.rn_stage_set_bell(s, row, bell), s)
-        _ok(lib.rn_stage_add_input(s, rings[0].mem, rings[0].size, self._CLASSIFY), s)
-        _ok(lib.rn_stage_add_output(s, lib.RN_ROLE_GUEST, rings[1].mem, rings[1].size, self._RX), s)
-        c = ffi.new("struct egress_config *")
+        self._config = c = ffi.new("struct egress_config *")
         c.gateway4, c.gateway_mac = socket.inet_aton(GATEWAY), mac_bytes(GATEWAY_MAC)
         c.guest4, c.prefix = socket.inet_aton(GUEST), 24
         c.mtu, c.offload, c.host_loopback, c.peek_offset = mtu, offload, host_loopback, peek
         c.raw_icmp_fd, c.nfile, c.udp_max, c.pending_max, c.seed = raw_icmp_fd, nfile, udp_max, pending_max, seed
-        _ok(lib.stage_egress_init(s, self._flows.mem, self._flows.size, c), s)
         self.names = self._with.enter_context(Names.create())
-        if proxy is not None:
-            set_proxy(s, proxy, (self.names.mem, self.names.size))
-        set_policy(s, entries(parse_policy(policy)))
+        self._proxy, self._policy = proxy, policy
+        self.estate = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # what it leaves goes in at 0, comes out at 1
+        self._with.callback(lambda: [end.close() for end in self.estate])
+        self._with.callback(lambda: lib.rn_estate_discard(self.estate[1].fileno()))
+        self.generation = 0
+        self._stage: Any = ffi.NULL
+        self._with.callback(lambda: lib.rn_stage_free(self._stage))
+        self._sit()
         self._parse = ffi.new("struct classify_config *")
         self._parse.gateway4, self._parse.subnet4 = socket.inet_aton(GATEWAY), socket.inet_aton("10.0.2.0")
         self._parse.prefix, self._parse.gateway_mac, self._parse.mtu = 24, mac_bytes(GATEWAY_MAC), mtu
+
+    def _sit(self) -> None:
+        """A process of the stage, as far as before its loop."""
+        self.generation += 1
+        self._stage = s = lib.rn_stage_new(self._EGRESS, self.generation)
+        _ok(lib.rn_stage_set_session(s, self._session.mem, self._session.size), s)
+        _ok(lib.rn_stage_set_arena(s, self._arena.mem, self._arena.size, 1), s)
+        for row, bell in enumerate(self._bells):
+            _ok(lib.rn_stage_set_bell(s, row, bell), s)
+        _ok(lib.rn_stage_add_input(s, self._rings[0].mem, self._rings[0].size, self._CLASSIFY), s)
+        _ok(lib.rn_stage_add_output(s, lib.RN_ROLE_GUEST, self._rings[1].mem, self._rings[1].size, self._RX), s)
+        if self.generation > 1:
+            _ok(lib.rn_stage_recover(s), s)
+            self._config.heir = 1
+            lib.rn_stage_clock(s, self._now())
+        _ok(lib.stage_egress_init(s, self._flows.mem, self._flows.size, self._config), s)
+        if self._proxy is not None:
+            set_proxy(s, self._proxy, (self.names.mem, self.names.size))
+        set_policy(s, entries(parse_policy(self._policy)))
+
+    def leave(self) -> int:
+        """egress leaves its seat in order; how many flows it leaves. What classify puts on the ring now waits there."""
+        lib.rn_stage_clock(self._stage, self._now())
+        left = lib.stage_egress_leave(self._stage, self.estate[0].fileno(), self.estate[1].fileno())
+        _ok(left, self._stage)
+        lib.rn_stage_free(self._stage)
+        self._stage = ffi.NULL
+        return left
+
+    def succeed(self) -> tuple[int, str]:
+        """The next process sits down: how many flows it goes on with, or a negative errno, and why."""
+        self._sit()
+        found = lib.stage_egress_inherit(self._stage, self.estate[1].fileno())
+        lib.rn_stage_clock(self._stage, 0)
+        return found, ffi.string(lib.rn_stage_error(self._stage)).decode()
 
     def _memory(self, size: int) -> _Memory:
         m = _Memory(size)
@@ -440,6 +471,8 @@ class EgressOnly(Guest):
         self._bytes[d.off:d.off + len(frame)] = frame
         at = d.off - _RN_BUF_ETH_OFF + _RN_META_OFF
         self._bytes[at:at + META.size] = self.meta(frame) if meta is None else meta
+        start = d.off - _RN_BUF_ETH_OFF
+        self._bytes[start:start + 4] = struct.pack("=I", self._EGRESS + 1)  # whose it is now: a successor looks
         d.len = d.len if len_ is None else len_
         d.gen = d.gen if gen is None else gen
         d.off += off
@@ -448,10 +481,13 @@ class EgressOnly(Guest):
 
     # -- egress
 
+    def _now(self) -> int:
+        """What egress's clock shows, ns."""
+        return time.monotonic_ns() + self._skew if self._stopped_at is None else self._stopped_at
+
     def step(self, wait: float = 0.0) -> bool:
         """One turn; waits so many seconds for a socket event or a timer first. True if it did something."""
-        now = time.monotonic_ns() + self._skew if self._stopped_at is None else self._stopped_at
-        did = lib.stage_egress_step(self._stage, int(wait * 1000 + 0.999), now)
+        did = lib.stage_egress_step(self._stage, int(wait * 1000 + 0.999), self._now())
         _ok(did, self._stage)
         return did > 0
 

@@ -203,7 +203,7 @@ def test_past_the_limit_the_session_ends_and_says_so(attach: Callable[..., Attac
     assert "stage classify died: signal 9 (SIGKILL); it was started again 1 times within a minute; last counters:" in said
 
 
-@pytest.mark.parametrize("name", RESTARTED)
+@pytest.mark.parametrize("name", [*RESTARTED, "egress"])
 def test_stopped_and_started_by_hand_the_flows_go_on(
         attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns, tmp_path: Path,
         client: Callable[[], Client], name: str, by_hand: Callable[[str, Path], Program]) -> None:
@@ -224,9 +224,81 @@ def test_stopped_and_started_by_hand_the_flows_go_on(
         moved()
 
 
-def test_egress_by_hand_ends_its_flows_and_serves_new_ones(
+@pytest.mark.parametrize("promote", ["0", "8"])
+def test_egress_by_hand_keeps_every_flow(
+        attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns, nginx: tuple[str, int, Path], tmp_path: Path,
+        client: Callable[[], Client], by_hand: Callable[[str, Path], Program], promote: str) -> None:
+    """Five processes in egress's seat, one after the other: transfers, an idle connection, a mapping of the guest's and one of
+    a forward, and a client that comes while nobody sits there."""
+    attach("--session", "s", "--promote", promote, "-t", "127.0.0.1/8080:80", "-u", "127.0.0.1/8080:80")
+    look, watch = client(), Watch(client())
+    with contextlib.ExitStack() as stack:
+        def sock(ns: Netns, kind: int = socket.SOCK_STREAM) -> socket.socket:
+            made = stack.enter_context(ns.socket(kind=kind))
+            made.settimeout(DEADLINE)
+            return made
+
+        listener = stack.enter_context(host_ns.listen(SERVER))
+        idle = sock(guest_ns)
+        idle.connect(listener.getsockname())
+        idle_host = stack.enter_context(listener.accept()[0])
+        idle_host.settimeout(DEADLINE)
+        inside, inside_udp = sock(guest_ns), sock(guest_ns, socket.SOCK_DGRAM)
+        inside.bind(("0.0.0.0", 80))
+        inside.listen()
+        inside_udp.bind(("0.0.0.0", 80))
+        asker, server, outside = (sock(ns, socket.SOCK_DGRAM) for ns in (guest_ns, host_ns, host_ns))
+        server.bind((SERVER, 0))
+        asker.sendto(b"first", server.getsockname())
+        _, mapped = server.recvfrom(100)
+        outside.sendto(b"first", ("127.0.0.1", 8080))
+        _, seen = inside_udp.recvfrom(100)
+
+        busy = 0
+        with transfers(guest_ns, nginx, tmp_path, 12 << 20, "4M") as under_way:
+            look.call(api.StageHold(stage="egress"))
+            watch.until("egress", "vacant")
+            for n in range(5):
+                busy += under_way()
+                waiting = sock(host_ns)
+                waiting.connect(("127.0.0.1", 8080))  # into the backlog
+                server.sendto(b"to %d" % n, mapped)
+                outside.sendto(b"in %d" % n, ("127.0.0.1", 8080))
+                with by_hand("egress", tmp_path / f"hand{n}.log") as hand:
+                    assert watch.until("egress", "running") == hand.pid
+                    assert asker.recv(100) == b"to %d" % n
+                    asker.sendto(b"from %d" % n, server.getsockname())
+                    assert server.recvfrom(100) == (b"from %d" % n, mapped)
+                    assert inside_udp.recvfrom(100) == (b"in %d" % n, seen)
+                    inside_udp.sendto(b"out %d" % n, seen)
+                    assert outside.recv(100) == b"out %d" % n
+                    with inside.accept()[0] as came:
+                        came.sendall(b"hello")
+                        assert waiting.recv(100) == b"hello"
+                    if n % 2:  # in between it says nothing at all
+                        idle.sendall(b"up %d" % n)
+                        assert idle_host.recv(100) == b"up %d" % n
+                        idle_host.sendall(b"down %d" % n)
+                        assert idle.recv(100) == b"down %d" % n
+                    assert hand.end(signal.SIGINT if n % 2 else signal.SIGTERM) == 0
+                watch.until("egress", "vacant")
+                said = hand.output()
+                assert re.search("goes on with [0-9]+ flows of the process that left this seat", said), said
+                assert re.search("leaves [0-9]+ flows to whoever takes this seat", said), said
+            look.call(api.StageRelease(stage="egress"))
+            watch.until("egress", "running")
+        assert busy, "the transfers were over before the first process left"
+        answer = guest_ns.run("dig", f"@{GATEWAY}", "+tcp", "+short", "host.ringnet.internal").stdout
+        assert answer.split() == [GATEWAY]
+        counters = look.call(api.Statistics()).counters["egress"]
+        assert counters["flows_left"] == counters["flows_inherited"] >= 6 * 4
+        assert "flows_not_inherited" not in counters  # zeros are left out
+
+
+def test_egress_killed_by_hand_ends_its_flows_and_serves_new_ones(
         attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns, tmp_path: Path, client: Callable[[], Client],
         by_hand: Callable[[str, Path], Program]) -> None:
+    """The kernel closes its sockets."""
     attach("--session", "s", "-t", "127.0.0.1/8080:80")
     look, watch = client(), Watch(client())
     listener = host_ns.listen(SERVER)
@@ -235,23 +307,62 @@ def test_egress_by_hand_ends_its_flows_and_serves_new_ones(
     for n in range(2):
         with by_hand("egress", tmp_path / f"hand{n}.log") as hand, guest_ns.socket() as guest:
             watch.until("egress", "running")
+            guest.settimeout(DEADLINE)
             guest.connect(listener.getsockname())
             with listener.accept()[0] as host:
                 host.settimeout(DEADLINE)
                 guest.sendall(b"there")
                 assert host.recv(100) == b"there"
-                hand.end(signal.SIGINT)
+                os.kill(hand.pid, signal.SIGKILL)
                 watch.until("egress", "vacant")
-                with pytest.raises(ConnectionResetError):
-                    guest.recv(100)
                 with contextlib.suppress(ConnectionResetError):  # by FIN or RST, but it learns of it
                     assert host.recv(100) == b""
+                with by_hand("egress", tmp_path / f"next{n}.log") as successor:
+                    watch.until("egress", "running")
+                    with pytest.raises(ConnectionResetError):
+                        guest.sendall(b"nobody")
+                        guest.recv(100)
+                    assert successor.end(signal.SIGINT) == 0
+                watch.until("egress", "vacant")
     with by_hand("egress", tmp_path / "forward.log"), guest_ns.socket() as inside, host_ns.socket() as outside:
         watch.until("egress", "running")  # and knows of the forwards
         inside.bind(("0.0.0.0", 80))
         inside.listen()
         outside.connect(("127.0.0.1", 8080))
         inside.accept()[0].close()
+
+
+def test_what_lies_there_at_the_sessions_end_is_reset(
+        attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns, client: Callable[[], Client]) -> None:
+    """Nobody comes any more: a host shall not take a cut connection for a whole one."""
+    session = attach("--session", "s")
+    look, watch = client(), Watch(client())
+    listener = host_ns.listen(SERVER)
+    with guest_ns.socket() as guest:
+        guest.connect(listener.getsockname())
+        with listener.accept()[0] as host:
+            host.settimeout(DEADLINE)
+            look.call(api.StageHold(stage="egress"))
+            watch.until("egress", "vacant")
+            os.kill(session.pid, signal.SIGTERM)
+            with pytest.raises(ConnectionResetError):
+                host.recv(100)
+
+
+def test_forwards_do_not_mind_that_a_link_stage_starts_again(
+        attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns, client: Callable[[], Client]) -> None:
+    """They are egress's business: its neighbours, which map the flow table too, are not told of them."""
+    attach("--session", "s", "-t", "127.0.0.1/8080:80")
+    look, watch = client(), Watch(client())
+    with guest_ns.socket() as inside:
+        inside.bind(("0.0.0.0", 80))
+        inside.listen()
+        for name in ("guest_tx", "guest_rx"):
+            os.kill(pids(look)[name], signal.SIGKILL)
+            watch.until(name, "running")
+            with host_ns.socket() as outside:
+                outside.connect(("127.0.0.1", 8080))
+                inside.accept()[0].close()
 
 
 def test_run_hold_prints_the_commands_and_waits(host_ns: Netns, tmp_path: Path,

@@ -101,6 +101,7 @@ class Spec:
     burst: int = 1  # frames put on the ring before egress gets its turn
     ring: int = 1024  # slots towards the guest
     peek: int = -1
+    leaves: float = 0.0  # how likely another process of egress takes its seat before a turn
     plans: tuple[Plan, ...] = ()
 
 
@@ -557,6 +558,8 @@ class World:
     def __init__(self, spec: Spec, trace: bool = False) -> None:
         self.spec, self.trace = spec, trace
         self.rng = random.Random(spec.seed)
+        self.seat = random.Random(spec.seed + 1)  # apart: a world's wire is the same with and without
+        self.successions = 0
         self.now = START
         self.events: list[tuple[int, int, Callable[[], None]]] = []
         self.order = itertools.count()
@@ -710,6 +713,10 @@ class World:
         """One turn of everything at this moment; True if anything moved."""
         did = False
         e = self.egress
+        if self.spec.leaves and self.seat.random() < self.spec.leaves:
+            left = e.leave()
+            self.must(e.succeed()[0] == left, None, "egress does not go on with what its predecessor left")
+            self.successions += 1
         while self.queue:
             batch, self.queue = self.queue[:self.spec.burst], self.queue[self.spec.burst:]
             for frame in batch:

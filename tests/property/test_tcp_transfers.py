@@ -82,6 +82,17 @@ def test_any_transfer(seed: int, mtu: int, to_egress: Impairment, to_guest: Impa
                plans=tuple(plans))).run()
 
 
+def test_egress_leaves_its_seat_again_and_again() -> None:
+    """The same transfers, while one process after the other sits in egress's seat: in the middle of handshakes, losses, full
+    buffers and ends."""
+    successions = 0
+    for seed in range(2000, 2600 if LONG else 2040):
+        world = World(replace(random_spec(seed), leaves=0.03, peek=-(seed % 3 > 0)))
+        world.run()
+        successions += world.successions
+    assert successions > 200
+
+
 def test_the_peek_without_an_offset() -> None:
     """Kernels before 6.9: the same transfers, past a discard buffer."""
     for seed in range(70, 90):

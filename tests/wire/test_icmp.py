@@ -171,6 +171,21 @@ def about_ident(ident: int) -> Callable:
 
 
 @pytest.mark.root
+def test_the_reply_finds_the_next_process_in_the_seat(way_out):
+    """The request went out from the one, the reply comes to the other (csrc/egress_estate.c)."""
+    guest = way_out()
+    ident = fresh_ident()
+    guest.ping(ident, 1, b"one", dst=FAR)
+    assert guest.recv_echo(ident).data == b"one"
+    guest.ping(ident, 2, b"two", dst=FAR)
+    assert guest.leave() == 1
+    assert guest.succeed() == (1, "")
+    guest.ping(ident, 3, b"three", dst=FAR)
+    assert {guest.recv_echo(ident).data, guest.recv_echo(ident).data} == {b"two", b"three"}
+    assert guest.counters()["icmp_mappings"] == 1
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("size", [0, 56, 1472, 1473, 65507])
 def test_ping_of_any_size_beyond_the_gateway(way_out, size):
     """The guest's identifier comes back, whatever was on the wire; fragments both ways."""
