@@ -61,7 +61,7 @@ def test_who_holds_what() -> None:
                        "pcap": ["guest_tx", "guest_rx"], "raw_icmp": ["egress"],
                        "dns_listen": ["services"], "bridge": ["vmnet"], "flows_to_tx": ["egress"], "flows_to_rx": ["egress"],
                        "flows_tx": ["guest_tx"], "flows_rx": ["guest_rx"],
-                       "link_tap": ["egress"]}
+                       "link_tap": ["egress"], "estate_put": ["egress"], "estate_take": ["egress"]}
     assert [s.name for s in TOPOLOGY.stages if s.flows] == ["guest_tx", "egress", "guest_rx"]
 
 
