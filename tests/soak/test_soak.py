@@ -26,8 +26,8 @@ def test_nothing_grows(tmp_path: Path) -> None:
 def rests() -> list[Rest]:
     """Ten rests at which nothing grew."""
     one = Rest(at_s=0, processes={"egress": Process(fds=20, memory=10 << 20), "services": Process(fds=9, memory=9 << 20)},
-               buffers={"egress large egress": 1}, waiting={"egress->guest_rx": 0}, flows={})
-    busy = replace(one, flows={"mapped": 5, "time_wait": 100},
+               buffers={"egress large egress": 1}, waiting={"egress->guest_rx": 0}, flows={}, mapped_after=0)
+    busy = replace(one, flows={"mapped": 5, "time_wait": 100}, mapped_after=5,
                    processes=one.processes | {"egress": Process(fds=25, memory=(10 << 20) + 5000)})
     return [one, *(replace(busy, at_s=float(n)) for n in range(1, 9)), replace(one, at_s=9.0)]
 
@@ -50,6 +50,13 @@ def test_the_judge_says_no(change: dict, says: str) -> None:
     found[5] = replace(found[5], **{k: v if k == "flows" else getattr(found[5], k) | v for k, v in change.items()})
     (only,) = soak.judge(found)
     assert says in only
+
+
+def test_mappings_may_time_out_while_processes_are_looked_at() -> None:
+    found = rests()
+    for fds, right in ((22, False), (23, True), (25, True), (26, False)):
+        found[5] = replace(found[5], mapped_after=3, processes=found[4].processes | {"egress": Process(fds=fds, memory=10 << 20)})
+        assert (soak.judge(found) == []) is right, fds
 
 
 def test_the_judge_sees_memory_grow() -> None:
