@@ -558,8 +558,11 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 		if (ff->in_turn >= SPEAKS_IN_TURN)
 			goto leave;
 	}
+	/* As ack_seq() in tcp.c: not outside a window that the guest took back (RFC 9293 3.10.7.4, first). */
+	uint64_t w = atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed);
+	uint32_t max = __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE), edge = rn_acks_ack(w) + rn_acks_wnd(w);
 	struct rn_tcpseg t = {
-		.seq = __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE), .ack = f->up.rcv_nxt, .flags = RN_TH_ACK,
+		.seq = SEQ_LT(edge, max) ? edge : max, .ack = f->up.rcv_nxt, .flags = RN_TH_ACK,
 		.wnd = rn_tcp_window_field(f->up.rcv_adv - f->up.rcv_nxt, ff->scaled), .ip_id = u->ip_id++,
 		.gateway_mac = u->cfg.parse.gateway_mac, .offload = u->cfg.offload, .mss = UINT16_MAX,
 	};

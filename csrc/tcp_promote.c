@@ -192,7 +192,8 @@ int tcp_pass_ack(struct egress *e, uint32_t i, const struct seg *sg, uint32_t hl
 		/* Nothing new. Without data it is a duplicate; another window may be older than the one guest_tx told. */
 		return sg->len && wnd == rn_acks_wnd(w);
 	if (SEQ_LT(sg->ack, rn_acks_ack(w)))
-		return sg->len != 0; /* its data may be news; guest_tx passed on what came behind it */
+		/* Its data may be news; guest_tx passed on what came behind it. Not if it is too old (RFC 5961 5.2). */
+		return sg->len && !SEQ_LT(sg->ack, rn_acks_ack(w) - e->tcp->flow[i].wnd_max);
 	if (rn_acks_post(&f->acks, sg->ack, wnd, e->s->now, 0) && rn_acks_wake(&f->acks))
 		promote_notice(e, i, RN_FN_ACKS, 0, f->gen);
 	return 1;
