@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS = ("pipeline", "shm", "csrc", "tests", "tools", "docs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 CC = "clang -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 # What shows in minutes, end to end included; tools/sanitize without arguments runs LONG.
-SHORT = ("tests/wire/test_tcp.py", "tests/unit/test_egress_flows.py", "tests/unit/test_link.py",
+SHORT = ("tests/wire/test_tcp.py", "tests/wire/test_succession.py", "tests/unit/test_egress_flows.py", "tests/unit/test_link.py",
          "tests/unit/test_link_kinds.py", "tests/unit/test_gso.py", "tests/unit/test_reassembly.py",
          "tests/unit/test_services_stage.py", "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[1500-discard]",
          "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[65520-auto]", "tests/e2e/test_tcp_edges.py::test_reset_by_the_host",
