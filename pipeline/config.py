@@ -9,9 +9,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import zlib
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -21,9 +20,9 @@ from pipeline.forwards import Auto, Forward, ForwardSyntaxError, Proto, autos, p
 from pipeline.host_names import DOMAIN, alias_of, check_alias, check_chain, is_domain_name, one_name, values
 from pipeline.logs import parse_levels
 from pipeline.policy import PolicyError, PolicyRule, effective, entries
-from pipeline.proxies import Plan, ProxyError, chosen, plan
+from pipeline.proxies import ProxyError, chosen, plan
 from pipeline.topology import TOPOLOGY, Feature, Role
-from pipeline.units import MTU_MAX, MTU_MIN, Impair, Ipv4, LinkKind, Mac, Mtu, PolicyEntry
+from pipeline.units import MTU_MAX, MTU_MIN, Impair, Mac
 
 ETH_HLEN, VLAN_HLEN = 14, 4  # bytes
 FRAME_MAX = 65535 + ETH_HLEN  # super-frame: IPv4 total length limit (RFC 791 3.1)

@@ -44,9 +44,9 @@ from pipeline.forwards import check as check_forward
 from pipeline.forwards import parse as parse_forwards
 from pipeline.hosts_book import Delta, HostsBook, NotThere
 from pipeline.messages import CloseFlow, FrameFilter, HostsChange, Notices
+from pipeline.policy import PolicyError
 from pipeline.seats import SeatError
 from pipeline.second_nic import Nic2Error, SecondNic
-from pipeline.policy import PolicyError
 from pipeline.session_dir import Listening
 from pipeline.supervisor import Session
 

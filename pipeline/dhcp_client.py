@@ -10,8 +10,8 @@ packet(7) for the socket: there is no address yet to bind a UDP socket to.
 from __future__ import annotations
 
 import ipaddress
-import select
 import secrets
+import select
 import socket
 import struct
 import time

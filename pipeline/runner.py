@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from pipeline import monitor, netlink
-from pipeline.config import LinkKind, Settings
+from pipeline.config import Settings
 from pipeline.control_api import ControlApi
+from pipeline.hostside import Host, HostSideError
 from pipeline.logs import Log
 from pipeline.messages import Exit
-from pipeline.hostside import Host, HostSideError
 from pipeline.metrics import MetricsServer
 from pipeline.netns import (
     SIGNALS,
@@ -49,6 +49,7 @@ from pipeline.second_nic import SecondNic
 from pipeline.service_manager import ServiceManager, Told
 from pipeline.session_dir import SessionDirError
 from pipeline.supervisor import Link, Result, Session, SessionError, Signals, describe_status
+from pipeline.units import LinkKind
 
 TERM_GRACE = 5.0  # s the command has after a SIGTERM or SIGHUP was passed on to it
 END_GRACE = 5.0  # s the guest's init has to end its processes

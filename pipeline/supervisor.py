@@ -34,7 +34,7 @@ from msgspec import Struct
 
 from pipeline import api, dumps, logs, tap_offloads
 from pipeline.auto_forwards import UNSEEN, Follower
-from pipeline.config import ConfigError, LinkKind, Settings, stage_configs
+from pipeline.config import ConfigError, Settings, stage_configs
 from pipeline.forwards import Fault, Forward, ForwardError
 from pipeline.listeners import Change, Listeners
 from pipeline.messages import (
@@ -53,8 +53,8 @@ from pipeline.messages import (
     Leased,
     Leave,
     Level,
-    LinkBroken,
     Link2Change,
+    LinkBroken,
     LinkChange,
     LogLevel,
     Message,
@@ -72,6 +72,7 @@ from pipeline.policy import PolicyBook
 from pipeline.seats import Seats
 from pipeline.sockets import widen
 from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
+from pipeline.units import LinkKind
 from pipeline.watchdog import Watchdog
 from shm._dataplane import lib
 from shm.arena import Arena, Use

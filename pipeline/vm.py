@@ -21,12 +21,13 @@ import stat
 import struct
 
 from pipeline import tap_offloads
-from pipeline.config import ConfigError, LinkKind, Settings
+from pipeline.config import ConfigError, Settings
 from pipeline.doors import DgramDoor, Door, DoorError, Peer, StreamDoor
 from pipeline.hostside import HostSideError
 from pipeline.messages import Exit
 from pipeline.runner import LOG, HostSide, info, outcome, say, serving, set_up_log
 from pipeline.supervisor import Link, Session, SessionError, Signals
+from pipeline.units import LinkKind
 from pipeline.vm_nic2 import SecondDoor
 from pipeline.vm_types import TYPES, VmOptions, check
 

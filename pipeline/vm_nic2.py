@@ -11,9 +11,9 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 
-from pipeline.config import LinkKind
 from pipeline.doors import DgramDoor, Door, DoorError, Peer, StreamDoor
 from pipeline.supervisor import Session
+from pipeline.units import LinkKind
 from pipeline.vm_types import VmType
 
 

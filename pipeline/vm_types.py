@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from pipeline.config import ConfigError, LinkKind
+from pipeline.config import ConfigError
+from pipeline.units import LinkKind
 
 VFKT_HELLO = b"VFKT"  # vfkit, krunkit: the first datagram
 

@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
-import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

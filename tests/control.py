@@ -25,8 +25,8 @@ from pipeline.config import make
 from pipeline.control_api import ControlApi
 from pipeline.forwards import Fault, Forward, ForwardError
 from pipeline.messages import Ask, CloseFlow, HostsChange, PolicyChange
-from pipeline.seats import SeatError
 from pipeline.policy import PolicyBook
+from pipeline.seats import SeatError
 from pipeline.services.hosts import HostsTable
 from pipeline.supervisor import Child, Link
 from pipeline.topology import TOPOLOGY, Feature

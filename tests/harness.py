@@ -37,10 +37,11 @@ from typing import Any
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from pipeline.config import Plan, make
+from pipeline.config import make
 from pipeline.egress import set_policy, set_proxy
 from pipeline.policy import entries
 from pipeline.policy import parse_all as parse_policy
+from pipeline.proxies import Plan
 from pipeline.supervisor import Link, Session
 from shm._dataplane import ffi, lib
 from shm.names import Names

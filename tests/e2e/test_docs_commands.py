@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from netlab import REPO, Netns, sh
 
-from e2e.doc_shell import Shell, blocks, commands
 from e2e.dns_server import DnsServer, zone
+from e2e.doc_shell import Shell, blocks, commands
 from pipeline.config import load_toml, make
 from tests.proxy_servers import HttpProxy, SocksProxy
 

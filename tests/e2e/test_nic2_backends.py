@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from e2e.test_nic2 import Nic2, assert_nothing_is_lost, left, pings
 from netlab import DEADLINE, RINGNET, Netns, PlainUser, Program, children, serving, wait_gone
 
+from e2e.test_nic2 import Nic2, assert_nothing_is_lost, left, pings
 from pipeline.messages import Exit
 from shm._dataplane import ffi, lib
 

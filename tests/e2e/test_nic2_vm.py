@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from e2e.test_nic2 import left, pings
 from netlab import RINGNET, Netns
 from vmlab import Qemu, VmSession, fetch
 
+from e2e.test_nic2 import left, pings
 from pipeline.messages import Exit
 
 pytestmark = [pytest.mark.netns, pytest.mark.qemu, pytest.mark.xdist_group("qemu")]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from netlab import DEADLINE, GATEWAY, RINGNET, Attached, Netns, run_env, sh
 
-from pipeline.client import Client
 from pipeline import api
+from pipeline.client import Client
 
 pytestmark = pytest.mark.netns
 

@@ -7,7 +7,20 @@ import struct
 logging.getLogger("scapy").setLevel(logging.ERROR)
 
 from scapy.all import (  # noqa: E402, F401
-    ARP, ICMP, IP, TCP, UDP, Dot1Q, Ether, IPOption_LSRR, IPOption_NOP, IPOption_RR, IPOption_SSRR, IPv6, Raw, raw,
+    ARP,
+    ICMP,
+    IP,
+    TCP,
+    UDP,
+    Dot1Q,
+    Ether,
+    IPOption_LSRR,
+    IPOption_NOP,
+    IPOption_RR,
+    IPOption_SSRR,
+    IPv6,
+    Raw,
+    raw,
 )
 
 from frames import GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC  # noqa: E402, F401

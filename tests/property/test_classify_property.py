@@ -10,6 +10,7 @@ from frames.inproc import COUNTERS, Classified, config, count
 from frames.recipes import ICMP, IP, TCP, UDP, Ether, IPOption_NOP, Raw, ip, raw
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+
 from shm._dataplane import ffi, lib
 
 FRAMES = [f for f in load() if len(f.data) >= 14]

@@ -14,6 +14,7 @@ sys.path.insert(0, str(REPO / "tools"))
 from bench import compare, drivers, plots, report, results, rows, stats, targets, where  # noqa: E402
 from bench.lab import LabError  # noqa: E402
 from bench.results import Record, Results, ResultsError  # noqa: E402
+
 from pipeline import procs  # noqa: E402
 
 KINDS = {"ringnet": "ringnet", "pasta": "peer", "slirp4netns": "peer", "kernel": "kernel"}

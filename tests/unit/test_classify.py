@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 from frames import GATEWAY, GATEWAY_MAC, GUEST, GUEST_MAC, Frame, inproc, load, recipes
 from frames.inproc import Classified, config, count, counts, error, run
-from frames.recipes import ARP, ICMP, IP, TCP, UDP, Ether, Raw, arp, ip, raw, tcp, udp
+from frames.recipes import ARP, ICMP, IP, UDP, Ether, Raw, arp, ip, raw, tcp, udp
+
 from shm._dataplane import ffi, lib
 
 FRAMES = load()

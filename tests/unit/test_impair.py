@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from frames import inproc
-from frames.inproc import count, counts, error, link, pair, received, run
+from frames.inproc import counts, error, link, pair, received, run
 
 from pipeline.config import LINK_OUTPUT, ConfigError, Impair, load_toml, make, parse_impair, stage_configs
 from pipeline.topology import TOPOLOGY

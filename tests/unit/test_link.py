@@ -14,6 +14,7 @@ import pytest
 from frames import inproc
 from frames.inproc import FRAME_MAX, VNET, count, counts, error, link, pair, received, run
 from netlab import Netns
+
 from shm._dataplane import ffi, lib
 
 PARTIAL = bytes.fromhex("010000000000220010000000")

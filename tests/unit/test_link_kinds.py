@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from frames import inproc
 from frames.inproc import FRAME_MAX, VNET, count, counts, link, pair, received, run
-from shm._dataplane import ffi, lib
 from test_gso import ACK, PSH, finish, packet, plain_sum, pseudo, tcp_head, vnet
+
+from shm._dataplane import ffi, lib
 
 WORD_MAX = lib.RN_LINK_WORD_MAX
 MTU_FRAME = 1514

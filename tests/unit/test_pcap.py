@@ -12,6 +12,7 @@ from frames import inproc
 from frames.inproc import count
 from frames.recipes import arp, ip, raw, tcp, udp
 from scapy.utils import PcapNgReader
+
 from shm._dataplane import lib
 
 TX, RX = lib.RN_PCAP_FROM_GUEST, lib.RN_PCAP_TO_GUEST

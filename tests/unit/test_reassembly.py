@@ -10,6 +10,7 @@ from frames.inproc import config
 from frames.recipes import IP, Ether, IPOption_NOP, Raw, ip, poke, raw, reheader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from shm._dataplane import ffi, lib
 
 S = 10**9  # ns

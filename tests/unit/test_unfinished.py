@@ -10,9 +10,10 @@ from frames import GATEWAY_MAC, GUEST_MAC
 from frames.inproc import VNET, config, count
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from shm._dataplane import ffi, lib
 from test_gso import ACK, NEEDS_CSUM, PSH, TCPV4, TCPV6, finish, packet, plain_sum, pseudo, tcp_head, udp_head, vnet
 from test_link_kinds import MTU_FRAME, Vm, frame, read_all, record, records, tcp
+
+from shm._dataplane import ffi, lib
 
 MTU = 1500
 TIMESTAMPS = b"\1\1\x08\x0a" + bytes(8)

@@ -18,8 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Plan
-from pipeline.proxies import Bypass, parse_url
+from pipeline.proxies import Bypass, Plan, parse_url
 from shm._dataplane import ffi, lib
 from tests.harness import DEADLINE, GATEWAY, TCP, UDP, EgressOnly, closed_tcp_port, fresh_port, quoted, udp_server
 from tests.proxy_servers import HttpProxy, Proxy, RawProxy, SocksProxy
