@@ -31,10 +31,6 @@ QEMU_MACHINE = "x86_64"
 if platform.machine() != QEMU_MACHINE:
     SKIPS_ALLOWED_IN_CI["tests/e2e/test_vm_boot.py"] = "its kernel and machine are x86-64's"
 
-# How long an example takes says how busy the machine is, no more.
-hypothesis.settings.register_profile("ringnet", deadline=None)
-hypothesis.settings.load_profile("ringnet")
-
 _RUN = "RINGNET_TEST_RUN"  # in the environment of this run's processes, workers included
 _CHILD = "RINGNET_TEST_CHILD"  # in the environment of what tests start, so only there
 

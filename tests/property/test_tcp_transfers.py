@@ -44,10 +44,14 @@ def test_seeds_that_once_failed(seed: int) -> None:
     World(random_spec(seed)).run()
 
 
+# A third lost at most: of a worse wire a handshake may lose all its segments within the 63 s in which ours are sent again, and
+# that it then ends is right.
+_LOST_AT_MOST = 0.35
 _probability = st.sampled_from([0.0, 0.0, 0.02, 0.1, 0.25])
 _impairments = st.builds(
     Impairment, drop=_probability, dup=_probability, reorder=_probability, corrupt=_probability, truncate=_probability,
-    delay=st.sampled_from([0, 20_000, 5 * MS]), jitter=st.sampled_from([0, 1 * MS]))
+    delay=st.sampled_from([0, 20_000, 5 * MS]), jitter=st.sampled_from([0, 1 * MS])).filter(
+        lambda i: i.drop + i.corrupt + i.truncate <= _LOST_AT_MOST)
 _writes = st.lists(st.tuples(st.sampled_from([0, 1 * MS, 2000 * MS]), st.integers(0, 3000)), max_size=4).map(tuple)
 _reads = st.sampled_from([(1 << 20, 0), (1000, 1 * MS), (7, 100_000), (4096, 500 * MS)])
 _isns = st.one_of(st.integers(0, 2**32 - 1), st.integers(2**32 - 4000, 2**32 - 1), st.integers(2**31 - 4000, 2**31))
