@@ -49,3 +49,13 @@ def nginx(host_ns: Netns, tmp_path: Path) -> Iterator[tuple[str, int, Path]]:
         log = program.output()
     listener.close()
     assert "[alert]" not in log and "[emerg]" not in log, log
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sessions of this test only."""
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    monkeypatch.setenv("RINGNET_RUNTIME_DIR", str(path))
+    monkeypatch.delenv("RINGNET_SESSION", raising=False)
+    return path

@@ -16,17 +16,7 @@ from netlab import DEADLINE, GATEWAY, GUEST, RINGNET, SERVER, Attached, Netns, P
 from pipeline import api
 from pipeline.client import Client
 
-pytestmark = pytest.mark.netns
-
-
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sessions of this test only."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("RINGNET_RUNTIME_DIR", str(path))
-    monkeypatch.delenv("RINGNET_SESSION", raising=False)
-    return path
+pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("runtime")]
 
 
 @pytest.fixture

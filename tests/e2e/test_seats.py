@@ -33,19 +33,9 @@ from pipeline import api
 from pipeline.api import ApiError
 from pipeline.client import Client
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("runtime")]
 
 RESTARTED = ["guest_tx", "classify", "services", "guest_rx"]
-
-
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sessions of this test only."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("RINGNET_RUNTIME_DIR", str(path))
-    monkeypatch.delenv("RINGNET_SESSION", raising=False)
-    return path
 
 
 @pytest.fixture

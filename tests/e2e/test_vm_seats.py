@@ -25,18 +25,10 @@ from e2e.test_vm import GATEWAY_MAC, DgramGuest, StreamGuest, arp_request, resol
 from pipeline import api
 from pipeline.client import Client
 
+pytestmark = pytest.mark.usefixtures("runtime")
+
 KILLS = 60 if os.environ.get("RINGNET_LONG") else 6  # each costs a stream's guest a retransmission time-out or two
 REPLACED = "was replaced, and a stream cannot be gone on with; the connection is closed"
-
-
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sessions of this test only."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("RINGNET_RUNTIME_DIR", str(path))
-    monkeypatch.delenv("RINGNET_SESSION", raising=False)
-    return path
 
 
 @contextlib.contextmanager
