@@ -26,8 +26,8 @@ CC = "clang -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 # What shows in minutes, end to end included; tools/sanitize without arguments runs LONG.
 SHORT = ("tests/wire/test_tcp.py", "tests/wire/test_succession.py", "tests/unit/test_egress_flows.py", "tests/unit/test_link.py",
          "tests/unit/test_link_kinds.py", "tests/unit/test_gso.py", "tests/unit/test_reassembly.py",
-         "tests/unit/test_services_stage.py", "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[1500-discard]",
-         "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[65520-auto]", "tests/e2e/test_tcp_edges.py::test_reset_by_the_host",
+         "tests/unit/test_services_stage.py", "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[1500-discard-8]",
+         "tests/e2e/test_tcp_bulk.py::test_both_ways_at_once[65520-auto-8]", "tests/e2e/test_tcp_edges.py::test_reset_by_the_host",
          "tests/e2e/test_udp.py::test_echo_at_a_small_mtu", "tests/e2e/test_forwards.py::test_udp_echo_of_every_size",
          "tests/e2e/test_dns.py::test_dig_asks_the_upstream")
 # Not test_stage_loop.py: it builds its program with sanitizers of its own. Nor test_bench.py, which measures: its programs are
