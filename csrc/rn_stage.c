@@ -802,7 +802,9 @@ static int stand(struct rn_stage *s)
 	return fds[0].revents | fds[1].revents ? RN_RUN_CONTROL : RN_RUN_SIGNAL;
 }
 
-/* Hand events to the stage, all of them: an edge is told once. 1: control is readable. */
+/* Hand events to the stage, all of them: an edge is told once. 1: control is readable. The doorbell is made quiet only if
+ * it rang, and after the requests were withdrawn: who rang before that is served by the turn that follows; who rings in
+ * between makes the next wait return at once. */
 static int dispatch(struct rn_stage *s, const struct epoll_event *ev, int n)
 {
 	int control = 0;
@@ -811,8 +813,8 @@ static int dispatch(struct rn_stage *s, const struct epoll_event *ev, int n)
 		uint32_t tag = (uint32_t)(ev[i].data.u64 >> 32);
 
 		if (tag == RN_TAG_BELL)
-			continue;
-		if (tag == RN_TAG_CONTROL)
+			rn_bell_quiet(s->bells[s->row]);
+		else if (tag == RN_TAG_CONTROL)
 			control = 1;
 		else if (s->ops->event)
 			s->ops->event(s, tag, (uint32_t)ev[i].data.u64, ev[i].events);
@@ -862,19 +864,15 @@ static int run_loop(struct rn_stage *s)
 			busy = 0;
 			publish_counters(s); /* a page of stores: not each turn, or each message would pay for two or three */
 			n = epoll_wait(s->epfd, ev, EVENTS_MAX, 0);
-			if (n > 0) {
-				if (s->bells[s->row] >= 0)
-					rn_bell_quiet(s->bells[s->row]); /* we are awake: the next turn looks */
-				if (dispatch(s, ev, n))
-					return RN_RUN_CONTROL;
-			}
+			if (n > 0 && dispatch(s, ev, n))
+				return RN_RUN_CONTROL;
 			if (s->now - since > SIGNAL_NS)
 				return RN_RUN_SIGNAL;
 			continue;
 		}
 		n = epoll_wait(s->epfd, ev, EVENTS_MAX, timeout_ms(deadline(s)));
 		err = n < 0 ? errno : 0;
-		rn_stage_disarm(s);
+		disarm(s);
 		if (RN_UNLIKELY(err == EINTR))
 			return RN_RUN_SIGNAL;
 		if (RN_UNLIKELY(err)) {
