@@ -21,7 +21,6 @@ from pipeline.topology import TOPOLOGY
 Stage = Callable[..., Any]  # pipeline.stage.main, pipeline.replay.main: a command may not import what stages share
 
 
-REPLAYED = ("guest_tx", "classify", "egress", "services", "guest_rx")
 
 
 class HandUsage(Exception):
@@ -49,7 +48,7 @@ def parser() -> Parser:
     where.add_argument("--api-socket", metavar="PATH", default="", help="the session's control socket instead")
     alone = p.add_argument_group("replay")
     alone.add_argument("--replay", metavar="IN", default="", help="a pcapng or pcap file: what the guest sent (for guest_rx:"
-                       " got), or what was on the stage's input rings")
+                       " got; for vmnet: both), or what was on the stage's input rings")
     alone.add_argument("--out", metavar="OUT", default="", help="pcapng file for what comes out, an interface a ring")
     alone.add_argument("--seed", metavar="N", type=int, default=1, help="of keys and numbers (1)")
     alone.add_argument("--clock", choices=["virtual", "real"], default="virtual",
@@ -92,8 +91,6 @@ def main(argv: list[str], stage: Stage, replay: Stage) -> int:
         if bool(args.replay) != bool(args.out):
             raise HandUsage("ringnet stage: --replay and --out go together (see ringnet stage --help)")
         if args.replay:
-            if args.name not in REPLAYED:
-                raise HandUsage(f"ringnet stage: {args.name} cannot be replayed; {', '.join(REPLAYED)} can")
             if not 0 <= args.seed < 1 << 63:
                 raise HandUsage(f"ringnet stage: --seed {args.seed}: not within 0..2^63-1")
             return int(replay(args.name, settings_of(args.config), args.replay, args.out, seed=args.seed, clock=args.clock,

@@ -2,7 +2,8 @@
 
 The stage is the real one (its Config, its C loop's turn, its Python where it has some), in this process; its neighbours
 are this file. What the guest sent in IN is put in front of it, frame by frame; what it puts on its rings, or writes to
-the link, is written to OUT, an interface a ring. egress and services get what a classify in front of them hands on.
+the link, is written to OUT, an interface a ring. egress and services get what a classify in front of them hands on;
+vmnet gets both directions, each on its own side.
 
 Time.   With the virtual clock the stage believes the times of IN: a frame comes when it came, timers that are due before it
         run before it, and a day passes in a second. With --clock real it lives in real time, for gdb and perf.
@@ -34,6 +35,8 @@ from pipeline import host_script, pcapng
 from pipeline.config import ConfigError, Settings, stage_configs
 from pipeline.host_script import Recorded, ScriptError, Talk
 from pipeline.messages import VERSION, Channel, Configure, End
+from pipeline.nic2 import PLAIN_FRAME_MAX, STORM
+from pipeline.nic2 import parse as parse_nic2
 from pipeline.pcapng import FROM_GUEST, TO_GUEST, CaptureError, Packet
 from pipeline.stage import StageContext, StageError
 from pipeline.topology import TOPOLOGY, Feature, Topology
@@ -49,7 +52,8 @@ from shm.ring import Desc, Ring, RingConsumer
 START = 10**15  # virtual CLOCK_MONOTONIC of the first frame, ns
 REST_S = 5.0  # real time the private network has to come to rest
 LINGER = 5 * 10**9  # ns of virtual time behind the last frame, for what is still due
-LINK = "link"
+LINKS = {"guest_tx": ("link", FROM_GUEST), "guest_rx": ("link", TO_GUEST), "vmnet": ("bridge", FROM_GUEST)}  # what it grants; and
+# the way of what is written there, or of what is read if the stage only reads
 NEVER = (1 << 64) - 1
 _VNET = struct.Struct("<BBHHHHH")
 _SMALL = 1900  # bytes of a frame that fits a small buffer
@@ -96,7 +100,7 @@ class Seat:
                                role=int(ring.role)))
         grants += [(f"bell:{row}", bell) for row, bell in enumerate(plane.bells)]
         if link is not None:
-            grants.append(("link", link.fileno()))
+            grants.append((LINKS[name][0], link.fileno()))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         plane.keep += [ours, theirs]
         conf = Configure(
@@ -169,9 +173,9 @@ _FRAMES_IN = next(c.index for c in counters_of("classify") if c.name == "frames_
 class Plane:
     """Memory, rings and time of a replay."""
 
-    def __init__(self, clock: Clock, seed: int, stack: contextlib.ExitStack) -> None:
+    def __init__(self, clock: Clock, seed: int, nic2: bool, stack: contextlib.ExitStack) -> None:
         self.clock, self.seed, self.stack = clock, seed, stack
-        self.topology: Topology = TOPOLOGY.only(frozenset({Feature.NIC1}))
+        self.topology: Topology = TOPOLOGY.only(frozenset({Feature.NIC1, Feature.NIC2} if nic2 else {Feature.NIC1}))
         self.keep: list[object] = []
         stages = self.topology.stages
         self.session = self._made(CellTable.create(len(stages)))
@@ -413,14 +417,17 @@ class Replay:
                  play: host_script.Play, stack: contextlib.ExitStack) -> None:
         self.name, self.settings, self.packets = name, settings, packets
         self.clock = Clock(packets[0].time_ns if packets else 0, virtual)
-        self.plane = plane = Plane(self.clock, seed, stack)
+        self.plane = plane = Plane(self.clock, seed, name == "vmnet", stack)
         self.out: list[Packet] = []
         self.numbers = Numbers()
         self.script: host_script.Script | None = None
         self._link: socket.socket | None = None
         configs = stage_configs(settings, link_kind="dgram", vnet=True)
+        if name == "vmnet":
+            configs[name] = {"link_kind": "dgram", "vnet": True, "uso": True, "frame_max": PLAIN_FRAME_MAX,
+                             "storm": parse_nic2(settings.nic2).storm if settings.nic2 else STORM}
         first = "classify" if name in ("egress", "services") else name
-        theirs = self._pair(stack) if name in ("guest_tx", "guest_rx") else None
+        theirs = self._pair(stack) if name in LINKS else None
         if name in ("egress", "services"):
             self.script = host_script.Script(play, recorded_host(packets) if name == "egress" else Recorded())
             stack.callback(self.script.close)
@@ -430,10 +437,10 @@ class Replay:
             mine = seat.name == name
             plane.drain(seat, keep=mine, but=[r.name for r in plane.topology.inputs(name)] if not mine else ())
         self._feeder = None if name == "guest_tx" else Feeder(
-            plane, "egress->guest_rx" if name == "guest_rx" else "guest_tx->classify")
+            plane, {"guest_rx": "egress->guest_rx", "vmnet": "guest_tx->vmnet"}.get(name, "guest_tx->classify"))
         self.interfaces = [r.name for r in plane.topology.outputs(name) if not r.notices]
-        if name == "guest_rx":
-            self.interfaces = [LINK]
+        if name in ("guest_rx", "vmnet"):
+            self.interfaces.append(LINKS[name][0])
 
     def _pair(self, stack: contextlib.ExitStack) -> socket.socket:
         """The guest's link: our end and the stage's."""
@@ -446,6 +453,11 @@ class Replay:
 
     def wanted(self) -> list[Packet]:
         """Those of the file that this stage is given, and, between them, what the guest got back then."""
+        if self.name == "vmnet":
+            there = {p.interface for p in self.packets}
+            up, down = (next((i for i in best if i in there), None) for best in (("guest_tx->vmnet", "link2"), ("bridge", "link2")))
+            return [p for p in self.packets if (p.interface == down if p.direction == TO_GUEST else p.interface == up)
+                    or not {up, down} & there]
         names = {r.name for r in self.plane.topology.inputs(self.name)}
         of_its_rings = names & {p.interface for p in self.packets}
         mine = TO_GUEST if self.name == "guest_rx" else FROM_GUEST
@@ -461,19 +473,19 @@ class Replay:
         begin = self.clock.monotonic_ns()
         for p in self.wanted():
             self._until(begin + max(0, p.time_ns - first))
-            if p.direction == TO_GUEST and self.name != "guest_rx":
+            if p.direction == TO_GUEST and self.name not in ("guest_rx", "vmnet"):
                 self.numbers.recorded(p.frame)
                 continue
-            self._put(p.frame)
+            self._put(p)
             fed += 1
             self._settle()
         self._until(self.clock.monotonic_ns() + LINGER)
         return fed
 
-    def _put(self, frame: bytes) -> None:
-        frame = self.numbers.translated(frame)
+    def _put(self, p: Packet) -> None:
+        frame = p.frame if self.name == "vmnet" else self.numbers.translated(p.frame)
         vnet = vnet_of(frame, self.settings.mtu)
-        if self._feeder is not None:
+        if self._feeder is not None and not (self.name == "vmnet" and p.direction == TO_GUEST):
             self._feeder.put(frame, vnet)
         elif self._link is not None:
             self._link.send(vnet + frame)
@@ -482,12 +494,13 @@ class Replay:
         for p in self.plane.taken():
             self.numbers.ours(p.frame)
             self.out.append(p)
-        while self._link is not None and self.name == "guest_rx":
+        link, way = LINKS.get(self.name, ("", 0))
+        while self._link is not None and link in self.interfaces:
             try:
                 data = self._link.recv(1 << 17)
             except BlockingIOError:
                 return
-            self.out.append(Packet(time_ns=self.clock.wall_ns(), interface=LINK, direction=TO_GUEST, frame=data[12:]))
+            self.out.append(Packet(time_ns=self.clock.wall_ns(), interface=link, direction=way, frame=data[12:]))
 
     def _steps(self) -> bool:
         did, again = False, True

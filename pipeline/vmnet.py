@@ -27,13 +27,18 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
     storm: Annotated[int, Meta(ge=0, le=1_000_000_000)]  # frames a second; 0: no limit
 
 
-def run(cfg: Config, ctx: StageContext) -> Ended:
-    """Move frames until told to stop. Raises StageError if the host side is gone, or a neighbour's ring index is
-    impossible; never for a frame."""
+def init(cfg: Config, ctx: StageContext) -> None:
+    """Make ctx.stage this stage. Raises StageError."""
     if "bridge" not in ctx.fds:  # its seat was released while it had none
         raise StageError("the second NIC is down; ringnet ctl start nic2 brings it up")
     link = ffi.new("struct rn_link *", {"fd": ctx.fds["bridge"], "kind": KINDS[cfg.link_kind], "vnet": int(cfg.vnet),
                                         "uso": int(cfg.uso), "frame_max": cfg.frame_max})
     if lib.stage_vmnet_init(ctx.stage, link, cfg.storm) < 0:
         raise StageError(ffi.string(lib.rn_stage_error(ctx.stage)).decode())
+
+
+def run(cfg: Config, ctx: StageContext) -> Ended:
+    """Move frames until told to stop. Raises StageError if the host side is gone, or a neighbour's ring index is
+    impossible; never for a frame."""
+    init(cfg, ctx)
     return ctx.run_loop()

@@ -21,7 +21,7 @@ from pipeline.replay import Tcp
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(3600)]
 
 RUNS = 100 if os.environ.get("RINGNET_LONG") else 10
-STAGES = ["guest_tx", "classify", "egress", "services", "guest_rx"]
+STAGES = ["guest_tx", "classify", "egress", "services", "guest_rx", "vmnet"]
 
 
 @pytest.fixture

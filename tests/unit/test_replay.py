@@ -179,12 +179,41 @@ def test_egress_with_a_scripted_host(tmp_path: Path) -> None:
     assert (by_port[0][0][ICMP].type, by_port[0][0][ICMP].code) == (3, 3)
 
 
+def test_vmnet_relays_both_ways_and_holds_a_storm(tmp_path: Path) -> None:
+    """Each side's frames come out at the other, whole, in the recording's time: with two group frames a second each way."""
+    (tmp_path / "options.toml").write_text('nic2 = "host,storm=2"\n')
+    up = [raw(ip(dst="172.16.0.9") / udp(sport=1, dport=2) / (b"x" * n)) for n in (1, 200, 3000)]
+    group = b"\xff" * 6 + raw(arp())[6:]
+    frames = [(0.1 * n, f, FROM_GUEST) for n, f in enumerate(up)] + [(0.35, up[0], TO_GUEST)] + \
+        [(0.4 + 0.01 * n, group, TO_GUEST) for n in range(4)] + [(2.5, group, TO_GUEST)]
+    made, said = replay("vmnet", recording(tmp_path / "in", *frames), "--set", str(tmp_path / "options.toml"))
+    assert [p.frame for p in made if p.interface == "bridge" and p.direction == FROM_GUEST] == up
+    back = [p for p in made if p.interface == "vmnet->guest_rx" and p.direction == TO_GUEST]
+    assert [p.frame for p in back] == [up[0], group, group, group] and len(made) == 7
+    assert [(p.time_ns - T0) / S for p in back] == pytest.approx([0.35, 0.4, 0.41, 2.5])
+    assert "drop_storm_down=2" in said
+    assert replay("vmnet", tmp_path / "in", "--set", str(tmp_path / "options.toml"))[0] == made
+
+
+def test_vmnet_takes_its_own_side_of_a_capture_of_all(tmp_path: Path) -> None:
+    """guest_tx's ring and the bridge are its inputs; the same frames are also at link2, and what it made of them at the bridge."""
+    one, other = raw(ip() / udp() / b"up"), raw(ip() / udp() / b"down")
+    names = ["link2", "guest_tx->vmnet", "bridge", "vmnet->guest_rx"]
+    (tmp_path / "in").write_bytes(pcapng.written(names, [
+        Packet(time_ns=T0 + n, interface=i, direction=d, frame=f) for n, (i, d, f) in enumerate((
+            ("link2", FROM_GUEST, one), ("guest_tx->vmnet", FROM_GUEST, one), ("bridge", FROM_GUEST, one),
+            ("bridge", TO_GUEST, other), ("vmnet->guest_rx", TO_GUEST, other), ("link2", TO_GUEST, other)))]))
+    made, said = replay("vmnet", tmp_path / "in")
+    assert [(p.interface, p.frame) for p in made] == [("bridge", one), ("vmnet->guest_rx", other)]
+    assert "2 frames" in said
+
+
 @pytest.mark.parametrize(("arguments", "says", "status"), [
     (["classify", "--replay", "{no}", "--out", "{out}"], "No such file", 1),
     (["classify", "--replay", "{text}", "--out", "{out}"], "neither a pcapng nor a pcap file", 1),
     (["classify", "--replay", "{good}", "--out", "/no/such/dir/x"], "No such file", 1),
     (["classify", "--replay", "{good}"], "--replay and --out go together", 2),
-    (["vmnet", "--replay", "{good}", "--out", "{out}"], "vmnet cannot be replayed", 2),
+    (["vmnet", "--replay", "{no}", "--out", "{out}"], "No such file", 1),
     (["classify", "--replay", "{good}", "--out", "{out}", "--seed", "-1"], "--seed -1: not within", 2),
     (["classify", "--replay", "{good}", "--out", "{out}", "--set", "{text}"], "--set", 2),
     (["egress", "--replay", "{good}", "--out", "{out}", "--host", "{text}"], "--host", 1),
