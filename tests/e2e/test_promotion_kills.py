@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from netlab import DEADLINE, SERVER, Attached, Netns
 
-from e2e.test_seats import Watch, client, pids, runtime  # noqa: F401 (fixtures)
+from e2e.test_seats import Watch, client, pids  # noqa: F401 (fixtures)
 from pipeline import api
 from pipeline.client import Client
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("runtime")]
 
 KILLS = 120 if os.environ.get("RINGNET_LONG") else 6
 FLOWS = 3
@@ -65,7 +65,7 @@ def receive(s: socket.socket, stream: bytes, end: End) -> None:
 
 @pytest.mark.timeout(60 + KILLS * 10)
 def test_kills_in_the_middle_of_bulk_both_ways(attach: Callable[..., Attached], guest_ns: Netns, host_ns: Netns,
-                                               client: Callable[[], Client], runtime: Path) -> None:  # noqa: F811
+                                               client: Callable[[], Client]) -> None:  # noqa: F811
     attach("--session", "s", "--restarts", "1000", "--promote", "2")
     look, watch = client(), Watch(client())
     seed = random.randrange(1 << 32)
