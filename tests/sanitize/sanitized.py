@@ -63,7 +63,7 @@ def python(tree: Path) -> Path:
     (there / "lib").symlink_to(ours / "lib")
     variables = sysconfig.get_config_vars()
     program = there / "bin" / "python"
-    subprocess.run([*CC.split(), f"-I{variables['INCLUDEPY']}", str(tree / "tests" / "sanitize" / "launcher.c"), "-o", str(program),
+    subprocess.run([*CC.split(), f"-I{variables['INCLUDEPY']}", str(Path(__file__).with_name("launcher.c")), "-o", str(program),
                     f"-L{variables['LIBDIR']}", f"-Wl,-rpath,{variables['LIBDIR']}", f"-lpython{variables['LDVERSION']}"],
                    check=True, timeout=100)
     return program
