@@ -49,6 +49,9 @@ def prepare(tree: Path) -> None:
             shutil.copytree(source, to, ignore=ignore, dirs_exist_ok=True)  # keeps times: the build sees what is new
         elif source.exists():
             shutil.copy2(source, to)
+    (tree / "build").mkdir(exist_ok=True)
+    if not (guest := tree / "build" / "guest").is_symlink():  # the kernel of the tests' virtual machine
+        guest.symlink_to(ROOT / "build" / "guest")
     # build() and not the command, which loads what it built: that needs the runtime.
     subprocess.run([sys.executable, "-c", "from shm.build_dataplane import build; build()"], cwd=tree, check=True,
                    env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CC": CC}, timeout=600)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 venv = REPO / ".venv" / "bin" / "python"
-if Path(sys.prefix) != venv.parent.parent:
+if sys.prefix == sys.base_prefix:  # not in a virtual environment
     if not venv.exists():
         sys.exit(f"{Path(sys.argv[0]).name}: run tools/ringnet once, it installs what this needs")
     os.execv(venv, [str(venv), *sys.argv])
