@@ -35,6 +35,8 @@
 #include <unistd.h>
 
 #include "egress.h"
+#define FUZZ_NAME "egress"
+#include "fuzz_input.h"
 #include "fuzz_main.h"
 #include "policy.h"
 #include "rn_csum.h"
@@ -107,14 +109,6 @@ static const uint8_t gateway[4] = { 10, 0, 2, 1 }, guest[4] = { 10, 0, 2, 2 };
 static const uint8_t gateway_mac[6] = { 2, 0xab, 0xcd, 0, 0, 1 }, guest_mac[6] = { 0x52, 0x54, 0xab, 0, 0, 2 };
 
 /* abort() is what libFuzzer and the test look for. */
-#define must(ok, what)                                                                            \
-	do {                                                                                      \
-		if (!(ok)) {                                                                      \
-			fprintf(stderr, "fuzz_egress: not true: %s (line %d)\n", what, __LINE__); \
-			abort();                                                                  \
-		}                                                                                 \
-	} while (0)
-
 #define say(...)                                      \
 	do {                                          \
 		if (t.trace)                          \
@@ -136,38 +130,7 @@ static uint8_t down_byte(uint32_t slot, uint32_t off)
 	return (uint8_t)((off * 2246822519u >> 19) ^ slot * 31u);
 }
 
-/* --- input --- */
-
-struct input {
-	const uint8_t *at;
-	size_t left;
-};
-
-static uint32_t u8(struct input *in)
-{
-	if (!in->left)
-		return 0;
-	in->left--;
-	return *in->at++;
-}
-
-static uint32_t u16(struct input *in)
-{
-	uint32_t hi = u8(in);
-
-	return hi << 8 | u8(in);
-}
-
 /* --- set-up --- */
-
-static void *memory(uint64_t size)
-{
-	void *p = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
-
-	must(p != NULL, "memory");
-	memset(p, 0, size);
-	return p;
-}
 
 static int listen_on(uint32_t slot)
 {

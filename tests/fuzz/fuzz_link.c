@@ -16,6 +16,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#define FUZZ_NAME "link"
+#include "fuzz_input.h"
 #include "fuzz_main.h"
 #include "rn_csum.h"
 #include "rn_handle.h"
@@ -47,22 +49,6 @@ static const struct classify_config config = {
 	.gateway_mac = { 0x02, 0xab, 0xcd, 0, 0, 1 },
 	.mtu = 1500,
 };
-
-#define must(ok, what)                                                                          \
-	do {                                                                                    \
-		if (!(ok)) {                                                                    \
-			fprintf(stderr, "fuzz_link: not true: %s (line %d)\n", what, __LINE__); \
-			abort();                                                                \
-		}                                                                               \
-	} while (0)
-
-static void *memory(uint64_t size)
-{
-	void *p = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
-
-	must(p != NULL, "memory");
-	return memset(p, 0, size);
-}
 
 static struct rn_stage *stage(uint32_t row)
 {

@@ -26,6 +26,8 @@
 
 #include "fast_down.h"
 #include "fast_up.h"
+#define FUZZ_NAME "promote"
+#include "fuzz_input.h"
 #include "fuzz_main.h"
 #include "rn_csum.h"
 #include "rn_peek.h"
@@ -62,14 +64,6 @@ static struct target {
 	uint64_t inputs, up_bytes, down_bytes, acks, relent, restarts, scribbled;
 } t;
 
-#define must(ok, what)                                                                             \
-	do {                                                                                       \
-		if (!(ok)) {                                                                       \
-			fprintf(stderr, "fuzz_promote: not true: %s (line %d)\n", what, __LINE__); \
-			abort();                                                                   \
-		}                                                                                  \
-	} while (0)
-
 static int lt(uint32_t a, uint32_t b)
 {
 	return (int32_t)(a - b) < 0;
@@ -83,34 +77,6 @@ static uint8_t up_byte(uint32_t seq)
 static uint8_t down_byte(uint32_t seq)
 {
 	return (uint8_t)(seq * 2246822519u >> 19);
-}
-
-struct input {
-	const uint8_t *at;
-	size_t left;
-};
-
-static uint32_t u8(struct input *in)
-{
-	if (!in->left)
-		return 0;
-	in->left--;
-	return *in->at++;
-}
-
-static uint32_t u16(struct input *in)
-{
-	uint32_t hi = u8(in);
-
-	return hi << 8 | u8(in);
-}
-
-static void *memory(uint64_t size)
-{
-	void *p = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
-
-	must(p, "memory");
-	return memset(p, 0, size);
 }
 
 /* --- the guest's side of the link --- */

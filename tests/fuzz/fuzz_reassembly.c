@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define FUZZ_NAME "reassembly"
+#include "fuzz_input.h"
 #include "fuzz_main.h"
 #include "reassembly.h"
 #include "rn_csum.h"
@@ -35,14 +37,6 @@ static struct target {
 	uint8_t covered[IDS][65536]; /* bytes that some fragment had, since the datagram began */
 	int altered[IDS];	     /* one with other bytes was among them */
 } t;
-
-#define must(ok, what)                                                                                \
-	do {                                                                                          \
-		if (!(ok)) {                                                                          \
-			fprintf(stderr, "fuzz_reassembly: not true: %s (line %d)\n", what, __LINE__); \
-			abort();                                                                      \
-		}                                                                                     \
-	} while (0)
 
 static uint8_t byte_at(uint32_t id, uint32_t off)
 {
