@@ -122,24 +122,34 @@ class Qemu:
 
 
 class VmSession(Program):
-    """`ringnet vm` run in `host` (None: where the test runs), waiting for a machine when the constructor returns."""
+    """`ringnet vm` run in `host` (None: where the test runs), waiting for a machine when the constructor returns. It ends with
+    us, however that comes: we hold the other end of its --exit-fd."""
 
     def __init__(self, host: Netns | None, log: Path, *options: str, pass_fds: Sequence[int] = ()) -> None:
         ready, told = os.pipe()
+        held, self.exit_fd = os.pipe()
         try:
-            argv = [*RINGNET, "vm", "--ready-fd", str(told), *options]
-            super().__init__(host.argv(*argv) if host else argv, log, pass_fds=(told, *pass_fds))
+            argv = [*RINGNET, "vm", "--ready-fd", str(told), "--exit-fd", str(held), *options]
+            super().__init__(host.argv(*argv) if host else argv, log, pass_fds=(told, held, *pass_fds))
             os.close(told)
             told = -1
             self.wait_word(ready, "not ready")
         except BaseException:
             if hasattr(self, "pidfd"):
                 self.__exit__()
+            else:
+                os.close(self.exit_fd)
             raise
         finally:
-            for fd in (ready, told):
+            for fd in (ready, told, held):
                 if fd >= 0:
                     os.close(fd)
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            super().__exit__(*exc)
+        finally:
+            os.close(self.exit_fd)
 
 
 def fetch(ns: Netns, address: tuple[str, int], path: str) -> bytes:

@@ -53,14 +53,19 @@ def test_what_the_guest_listens_on(attach: Callable[..., Attached], host_ns: Net
                 server.bind(("0.0.0.0", 5353))
                 made = added(client)
                 assert (made.proto, made.host_port) == ("udp", 5353)
-                with host_ns.socket(kind=socket.SOCK_DGRAM) as s:
-                    s.connect((SERVER, 5353))
-                    s.send(b"ping")
-                    data, peer = server.recvfrom(10)
-                    server.sendto(data, peer)
-                    assert s.recv(10) == b"ping"
+                there_and_back(host_ns, server)
             ports = {f.host_port for f in client.call(api.ForwardsList()).forwards}
             assert of_the_host.getsockname()[1] not in ports and 7000 in ports
+
+
+def there_and_back(host_ns: Netns, server: socket.socket) -> None:
+    """A datagram of the host to the guest's port 5353, and its answer."""
+    with host_ns.socket(kind=socket.SOCK_DGRAM) as s:
+        s.connect((SERVER, 5353))
+        s.send(b"ping")
+        data, peer = server.recvfrom(10)
+        server.sendto(data, peer)
+        assert s.recv(10) == b"ping"
 
 
 def happened(client: Client, *, port: int) -> api.ForwardAdded | api.ForwardRemoved | api.ForwardSkipped:
@@ -105,12 +110,7 @@ def test_rules_added_and_removed_at_run_time(attach: Callable[..., Attached], ho
             assert ctl("replace", "--owner", "box1", "-t", "auto", "-u", "auto") == "2 forwards added, 1 forward removed\n"
             assert isinstance(happened(client, port=left_out), api.ForwardAdded)  # not left out any more; `taken` was not touched
             assert (made := happened(client, port=5353)).forward.proto == "udp" and isinstance(made, api.ForwardAdded)
-            with host_ns.socket(kind=socket.SOCK_DGRAM) as s:
-                s.connect((SERVER, 5353))
-                s.send(b"ping")
-                data, peer = server.recvfrom(10)
-                server.sendto(data, peer)
-                assert s.recv(10) == b"ping"
+            there_and_back(host_ns, server)
             with host_ns.socket() as lives, host_ns.socket() as late:
                 lives.connect(("127.0.0.1", left_out))
                 inside, _ = quiet.accept()

@@ -1,8 +1,6 @@
 """ICMP echo and the errors of the network (csrc/icmp.c, and csrc/udp.c's error queue).
 
-What leaves the host needs a network with routers: three namespaces in a row, the first one the host's.
-
-    host  192.0.2.1 --- 192.0.2.2  router  198.51.100.1 --- 198.51.100.2  far
+What leaves the host needs a network with routers: tests/wire/routed.py.
 """
 from __future__ import annotations
 
@@ -16,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shm._dataplane import lib
 from tests.harness import (
     GATEWAY,
     GUEST,
@@ -32,9 +29,8 @@ from tests.harness import (
     quoted,
 )
 from tests.netlab import Netns
+from tests.wire.routed import FAR, NO_ROUTE, ROUTER, inside, routed
 
-ROUTER, FAR = "192.0.2.2", "198.51.100.2"
-NO_ROUTE = "203.0.113.9"  # the router has no route to it
 SHARED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
@@ -111,40 +107,10 @@ def test_fragmented_ping_of_the_guest(wire):
 # -- behind the gateway
 
 
-@contextlib.contextmanager
-def inside(ns: Netns) -> Iterator[None]:
-    """This thread, and what it starts, in the network namespace."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    there = os.open(ns.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        assert lib.rn_os_setns(there, lib.RN_CLONE_NEWNET) == 0
-        yield
-    finally:
-        assert lib.rn_os_setns(home, lib.RN_CLONE_NEWNET) == 0
-        os.close(there)
-        os.close(home)
-
-
 @pytest.fixture(scope="module")
 def network() -> Iterator[Netns]:
-    """The drawing at the head of this file; the host's namespace."""
-    with contextlib.ExitStack() as stack:
-        host, router, far = (stack.enter_context(Netns(role)) for role in ("h", "r", "f"))
-        host.ip("link", "add", "v0", "type", "veth", "peer", "name", "v1", "netns", router.name)
-        router.ip("link", "add", "v2", "type", "veth", "peer", "name", "v3", "netns", far.name)
-        for ns, dev, address in ((host, "v0", "192.0.2.1"), (router, "v1", ROUTER), (router, "v2", "198.51.100.1"),
-                                 (far, "v3", FAR)):
-            ns.ip("addr", "add", f"{address}/24", "dev", dev)
-            ns.ip("link", "set", dev, "up")
-        host.ip("route", "add", "198.51.100.0/24", "via", ROUTER)
-        host.ip("route", "add", "203.0.113.0/24", "via", ROUTER)
-        far.ip("route", "add", "default", "via", "198.51.100.1")
-        for path, value in (("ip_forward", "1"), ("icmp_ratelimit", "0")):  # errors without a pause between them
-            with inside(router):
-                with open(f"/proc/sys/net/ipv4/{path}", "w") as f:
-                    f.write(value)
-        with inside(far), open("/proc/sys/net/ipv4/icmp_ratelimit", "w") as f:
-            f.write("0")
+    """The host's namespace, a router and a far one behind it (tests/wire/routed.py)."""
+    with routed() as (host, _):
         yield host
 
 

@@ -31,7 +31,7 @@ from tests.harness import (
     udp_server,
 )
 from tests.netlab import Netns
-from tests.wire.test_icmp import inside
+from tests.wire.routed import inside
 
 SYN = FLAGS["SYN"]
 

@@ -16,7 +16,7 @@ from netlab import Netns
 
 from tests.harness import DEADLINE, GATEWAY, GUEST, UDP, Wire, fresh_port, quoted, udp, udp_server
 from tests.wire.guest_tcp import ethernet, ipv4
-from tests.wire.test_icmp import FAR, ROUTER, inside
+from tests.wire.routed import FAR, ROUTER, inside, routed
 from tests.wire.test_promotion import THERE, owners
 
 pytestmark = pytest.mark.root
@@ -27,22 +27,7 @@ PATH_MTU = 1300
 @pytest.fixture(scope="module")
 def nets() -> Iterator[tuple[Netns, Netns]]:
     """The host's namespace, and the far one."""
-    with contextlib.ExitStack() as stack:
-        host, router, far = (stack.enter_context(Netns(role)) for role in ("h", "r", "f"))
-        host.ip("link", "add", "v0", "type", "veth", "peer", "name", "v1", "netns", router.name)
-        router.ip("link", "add", "v2", "type", "veth", "peer", "name", "v3", "netns", far.name)
-        for ns, dev, address in ((host, "v0", "192.0.2.1"), (router, "v1", ROUTER), (router, "v2", "198.51.100.1"),
-                                 (far, "v3", FAR)):
-            ns.ip("addr", "add", f"{address}/24", "dev", dev)
-            ns.ip("link", "set", dev, "up")
-        router.ip("link", "set", "v2", "mtu", str(PATH_MTU))
-        host.ip("route", "add", "198.51.100.0/24", "via", ROUTER)
-        far.ip("route", "add", "default", "via", "198.51.100.1")
-        for ns in (router, far):
-            with inside(ns):
-                for path, value in (("ip_forward", "1"), ("icmp_ratelimit", "0")):  # errors without a pause between them
-                    with open(f"/proc/sys/net/ipv4/{path}", "w") as f:
-                        f.write(value)
+    with routed(PATH_MTU) as (host, far):
         yield host, far
 
 
