@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from netlab import DEADLINE, GUEST, RINGNET, SERVER, Attached, Netns, PlainUser, Program, run_env, sh
+from netlab import DEADLINE, GUEST, RINGNET, SERVER, Attached, Netns, PlainUser, Program, connect_error, run_env, sh
 from vmlab import VmSession
 
 from pipeline import api
@@ -47,7 +47,7 @@ def test_what_the_guest_listens_on(attach: Callable[..., Attached], host_ns: Net
                     assert gone.host_port == port
                     inside.sendall(b"lives on")
                     assert s.recv(100) == b"lives on"
-                    assert other.connect_ex(("127.0.0.1", port)) == 111
+                    assert connect_error(other, ("127.0.0.1", port)) == 111
                     inside.close()
             with guest_ns.socket(kind=socket.SOCK_DGRAM) as server:
                 server.bind(("0.0.0.0", 5353))
@@ -118,7 +118,7 @@ def test_rules_added_and_removed_at_run_time(attach: Callable[..., Attached], ho
                     assert ctl("rm", "auto", "--close-flows") == "1 forward removed\n"
                     with pytest.raises(ConnectionResetError):
                         lives.recv(1)
-                    assert late.connect_ex(("127.0.0.1", left_out)) == errno.ECONNREFUSED
+                    assert connect_error(late, ("127.0.0.1", left_out)) == errno.ECONNREFUSED
             assert ctl("rm", "--owner", "box1") == "1 forward removed\n" and ctl("ls") == "no forwards\n"
         assert "there is no such rule" in sh(*RINGNET, "ctl", "--api-socket", path, "forward", "rm", "auto", check=False,
                                              env=run_env()).stderr

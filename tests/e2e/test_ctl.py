@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from netlab import DEADLINE, GATEWAY, GUEST, RINGNET, SERVER, Attached, Netns, PlainUser, Program, run_env, sh
+from netlab import DEADLINE, GATEWAY, GUEST, RINGNET, SERVER, Attached, Netns, PlainUser, Program, connect_error, run_env, sh
 
 from pipeline import api
 from pipeline.client import Client
@@ -57,7 +57,7 @@ def test_a_forward_at_run_time(session: Attached, host_ns: Netns, guest_ns: Netn
             inside.sendall(b"out")  # the connection lives on
             assert outside.recv(10) == b"out"
             with host_ns.socket() as late:
-                assert late.connect_ex(("127.0.0.1", 8080)) != 0
+                assert connect_error(late, ("127.0.0.1", 8080)) != 0
     listener.close()
 
 
@@ -166,7 +166,7 @@ def test_events_of_the_stages(session: Attached, client: Client, host_ns: Netns,
     with host_ns.listen(SERVER) as closed:
         port = closed.getsockname()[1]
     with guest_ns.socket() as inside:
-        assert inside.connect_ex((SERVER, port)) != 0
+        assert connect_error(inside, (SERVER, port)) != 0
     event = next(client.events(timeout=DEADLINE))
     assert isinstance(event, api.FlowRefused)
     assert (event.proto, event.guest, event.peer, event.peer_port) == ("tcp", GUEST, SERVER, port)
@@ -190,7 +190,7 @@ def test_many_refusals_are_told_at_a_bounded_rate(session: Attached, client: Cli
     refused = told = lost = 0
     while refused < 400 or told + lost < 400:  # what was lost is said with the next one that is told
         with guest_ns.socket() as sock:
-            assert sock.connect_ex((SERVER, 1 + refused % 1000)) != 0
+            assert connect_error(sock, (SERVER, 1 + refused % 1000)) != 0
         refused += 1
         if refused < 400:
             continue

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from netlab import DEADLINE, GATEWAY, GUEST, RINGNET, SERVER, Attached, Netns, run_env, sh
+from netlab import DEADLINE, GATEWAY, GUEST, RINGNET, SERVER, Attached, Netns, connect_error, run_env, sh
 
 from pipeline import api
 from pipeline.client import Client
@@ -68,14 +68,14 @@ def test_the_metadata_service(attach: Callable[..., Attached], host_ns: Netns, g
     host_ns.ip("addr", "add", f"{METADATA}/32", "dev", "lo")
     attach(*(["--no-metadata"] if blocked else []))
     with host_ns.listen(METADATA) as service, guest_ns.socket() as s:
-        code = s.connect_ex(service.getsockname())
+        code = connect_error(s, service.getsockname())
         assert code == (111 if blocked else 0)
 
 
 def test_the_hosts_loopback(attach: Callable[..., Attached], host_ns: Netns, guest_ns: Netns) -> None:
     attach("--no-host-loopback")
     with host_ns.listen("127.0.0.1") as service, guest_ns.socket() as s:
-        assert s.connect_ex((GATEWAY, service.getsockname()[1])) == 111
+        assert connect_error(s, (GATEWAY, service.getsockname()[1])) == 111
 
 
 def test_a_bad_rule_is_an_error_of_the_command_line() -> None:

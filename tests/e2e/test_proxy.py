@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from netlab import DEADLINE, GATEWAY, SERVER, Netns
+from netlab import DEADLINE, GATEWAY, SERVER, Netns, connect_error
 
 from e2e.dns_server import zone
 from tests.proxy_servers import HttpProxy, Proxy, SocksProxy
@@ -80,7 +80,7 @@ def test_errors_are_the_proxys(start, attach, guest_ns: Netns) -> None:
                        (2, errno.EHOSTUNREACH)):
         proxy.refuse = code
         with guest_ns.socket() as s:
-            assert s.connect_ex((FAKE, 80)) == want, code
+            assert connect_error(s, (FAKE, 80)) == want, code
 
 
 def test_the_gateways_loopback_is_no_business_of_the_proxy(start, attach, guest_ns: Netns, host_ns: Netns) -> None:

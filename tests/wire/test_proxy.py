@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import select
 import socket
 import struct
 import threading
@@ -21,8 +22,10 @@ from hypothesis import strategies as st
 from pipeline.proxies import Bypass, Plan, parse_url
 from shm._dataplane import ffi, lib
 from tests.harness import DEADLINE, GATEWAY, TCP, UDP, EgressOnly, closed_tcp_port, fresh_port, quoted, udp_server
+from tests.netlab import Netns
 from tests.proxy_servers import HttpProxy, Proxy, RawProxy, SocksProxy
 from tests.wire.guest_tcp import ACK, FIN, RST, SYN, GuestTcp, Segment
+from tests.wire.routed import inside
 
 TARGET = "203.0.113.7"
 HOST, NET, ADMIN = (3, 1), (3, 0), (3, 13)  # ICMP unreachable (RFC 792, RFC 1812 5.2.7.1)
@@ -499,12 +502,34 @@ def test_a_relay_is_not_believed() -> None:
         assert guest.datagram(timeout=0) is None
 
 
-def test_a_relay_on_our_loopback_is_for_a_proxy_there_only() -> None:
-    """Else a proxy could have the guest's bytes sent to any port of the host."""
-    with socket.socket() as s:
-        s.connect_ex(("192.0.2.1", 9)) if False else None
-    h = handshake_of(b"\x05\x00\x05\x00\x00\x01\x7f\x00\x00\x01\x12\x34", associate=True)
-    assert h == (0, "127.0.0.1", 0x1234)  # the handshake takes it; csrc/proxy.c open_relay() compares with the proxy's
+@pytest.mark.root
+@pytest.mark.parametrize("relay", ["192.0.2.9", "127.0.0.1"], ids=["beside the proxy", "our loopback"])
+def test_a_relay_on_our_loopback_is_for_a_proxy_there_only(relay: str) -> None:
+    """Else a proxy could have the guest's bytes sent to any port of the host. The same proxy is believed about 192.0.2.9."""
+    with Netns("p") as ns:
+        for address in ("192.0.2.8", "192.0.2.9"):
+            ns.ip("addr", "add", f"{address}/32", "dev", "lo")
+        with ns.socket(kind=socket.SOCK_DGRAM) as there:
+            there.bind((relay, 0))
+
+            class Says(SocksProxy):
+                def associate(self, connection: socket.socket) -> None:
+                    where = socket.inet_aton(relay) + struct.pack("!H", there.getsockname()[1])
+                    connection.sendall(b"\x05\x00\x00\x01" + where)
+                    connection.recv(1)
+
+            with Says(address="192.0.2.8", make_socket=lambda kind: ns.socket(kind=kind)) as proxy, inside(ns), \
+                    EgressOnly(proxy=plan(proxy.url)) as guest:
+                port = fresh_port()
+                guest.send_udp(port, 4242, b"x", TARGET)
+                if relay != "127.0.0.1":
+                    while guest.counters()["udp_up"] == 0:
+                        guest.step(0.05)
+                    assert there.recvfrom(100)[0].endswith(b"x")
+                    return
+                d = guest.recv_error(lambda q: q.proto == UDP and q.dst == TARGET and q.dport == 4242 and q.sport == port)
+                assert d.icmp == ADMIN and guest.flows() == [] and guest.counters()["drop_proxy_udp"] == 1
+                assert select.select([there], [], [], 0)[0] == []
 
 
 # -- the state machine alone
