@@ -86,21 +86,12 @@ static int read_failed(struct rn_stage *s, struct relay_in *r, int64_t err)
 		count(s, r->c.runt, 1);
 		s->c[RN_C_frames_in]++;
 		return 1;
-	case -EBADFD: /* the tap was deleted, */
-	case -EFAULT: /* or its queue taken away */
-	case -ENODEV:
-	case -ENXIO:
-	case -EBADF:
-	case -EINVAL:
-	case -ECONNRESET:
-	case -ENODATA: /* stream: ended inside a frame, */
+	}
+	if (rn_link_read_ended(err)) {
+		if (err == -EPROTO) /* nobody can use it any more; who watches it for its end may make another */
+			shutdown(r->link.fd, SHUT_RDWR);
 		r->gone = 1;
-		break;
-	case -EPROTO: /* or lost its framing. Nobody can use it any more; who watches it for its end may make another. */
-		shutdown(r->link.fd, SHUT_RDWR);
-		r->gone = 1;
-		break;
-	default: /* not known to pass by itself: wait for the next event instead of trying in a circle */
+	} else {
 		r->readable = 0;
 	}
 	count(s, r->c.failed, 1);
@@ -211,34 +202,10 @@ static int wait_writable(struct rn_stage *s, struct relay_out *r)
 	return 0;
 }
 
-/* Can the link carry it? */
-static int fits(const struct relay_out *r, const uint8_t *eth, uint32_t len)
-{
-	struct rn_vnet_hdr vnet;
-
-	memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
-	return len >= RN_ETH_HLEN && (len <= r->link.frame_max || vnet.gso_type != RN_VNET_GSO_NONE);
-}
-
 /* The link refused for good: count why. */
 static void refused(struct rn_stage *s, const struct relay_out *r, int err)
 {
-	switch (err) {
-	case -EIO: /* tap: not up */
-	case -ENETDOWN:
-	case -EBADFD: /* tap: deleted */
-	case -ENODEV:
-	case -ENXIO:
-	case -EBADF:
-	case -ECONNREFUSED: /* socket: peer closed */
-	case -ECONNRESET:
-	case -ENOTCONN:
-	case -EPIPE:
-		count(s, r->c.down, 1);
-		break;
-	default:
-		count(s, r->c.failed, 1);
-	}
+	count(s, rn_link_write_down(err) == RN_LINK_UP ? r->c.failed : r->c.down, 1);
 }
 
 /* Onto the link. 1: done with it, written or dropped; 0: the link is full. */
@@ -247,7 +214,7 @@ static int write_link(struct rn_stage *s, struct relay_out *r, const uint8_t *et
 	int err;
 
 	rn_tap_frame(s, r->tap, r->dir, eth, len);
-	err = r->link.fd < 0 ? -ENODEV : fits(r, eth, len) ? rn_link_write(&r->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
+	err = rn_link_put(&r->link, eth, len);
 	if (err == -EAGAIN)
 		return 0;
 	if (err) {

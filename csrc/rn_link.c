@@ -23,6 +23,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -156,4 +157,52 @@ int rn_link_flush(const struct rn_link *l)
 	if (!rn_link_held(l))
 		return 0;
 	return l->kind == RN_LINK_STREAM ? rn_link_stream_flush(l) : rn_link_segments_flush(l);
+}
+
+int rn_link_put(const struct rn_link *l, const uint8_t *eth, uint32_t len)
+{
+	struct rn_vnet_hdr vnet;
+
+	if (l->fd < 0)
+		return -ENODEV;
+	memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
+	if (len < RN_ETH_HLEN || (len > l->frame_max && vnet.gso_type == RN_VNET_GSO_NONE))
+		return -EMSGSIZE;
+	return rn_link_write(l, eth - RN_VNET_HLEN, len);
+}
+
+int rn_link_read_ended(int64_t err)
+{
+	switch (err) {
+	case -EPROTO:	  /* a stream whose next frame nobody can find, */
+	case -ENODATA:	  /* that ended inside a frame, */
+	case -ECONNRESET: /* or whose peer left with our bytes unread */
+	case -EBADFD:	  /* the tap was deleted, */
+	case -EFAULT:	  /* or its queue taken away */
+	case -ENODEV:
+	case -ENXIO:
+	case -EBADF:
+	case -EINVAL:
+		return 1;
+	}
+	return 0; /* not known to pass by itself: wait for the next event instead of trying in a circle */
+}
+
+enum rn_link_down rn_link_write_down(int err)
+{
+	switch (err) {
+	case -EIO: /* tap: not up */
+	case -ENETDOWN:
+	case -EBADFD: /* tap: deleted */
+	case -ENODEV:
+	case -ENXIO:
+	case -EBADF:
+		return RN_LINK_DOWN;
+	case -ECONNREFUSED: /* socket: peer closed */
+	case -ECONNRESET:
+	case -ENOTCONN:
+	case -EPIPE:
+		return RN_LINK_LEFT;
+	}
+	return RN_LINK_UP;
 }

@@ -69,4 +69,12 @@ int rn_link_flush(const struct rn_link *l);
 uint32_t rn_link_held(const struct rn_link *l);
 /* CFFI END */
 
+/* The same for a frame of a ring, its header in front of @eth: -ENODEV if nobody is there, -EMSGSIZE if the link cannot carry it. */
+int rn_link_put(const struct rn_link *l, const uint8_t *eth, uint32_t len);
+
+/* What an error of the link says about it, for who reads and who writes: */
+int rn_link_read_ended(int64_t err);			/* 1: nothing will ever come from it again */
+enum rn_link_down { RN_LINK_UP = 0, RN_LINK_DOWN, RN_LINK_LEFT }; /* of the kernel's doing; the peer has left */
+enum rn_link_down rn_link_write_down(int err);
+
 #endif

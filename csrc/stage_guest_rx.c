@@ -79,40 +79,20 @@ static int wait_writable(struct rn_stage *s, struct stage_guest_rx *g)
 	return 0;
 }
 
-/* Can the link carry it? */
-static int fits(const struct stage_guest_rx *g, const uint8_t *eth, uint32_t len)
-{
-	struct rn_vnet_hdr vnet;
-
-	memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
-	return len >= RN_ETH_HLEN && (len <= g->link.frame_max || vnet.gso_type != RN_VNET_GSO_NONE);
-}
-
 /* The link refused for good: count why, and tell once if nobody is there any more. */
 static void refused(struct rn_stage *s, struct stage_guest_rx *g, int err)
 {
-	switch (err) {
-	case -EIO: /* tap: not up */
-	case -ENETDOWN:
-	case -EBADFD: /* tap: deleted */
-	case -ENODEV:
-	case -ENXIO:
-	case -EBADF:
-		s->c[RN_C_drop_link_down]++;
-		break;
-	case -ECONNREFUSED: /* socket: peer closed */
-	case -ECONNRESET:
-	case -ENOTCONN:
-	case -EPIPE:
-		s->c[RN_C_drop_link_down]++;
-		if (!g->told) {
-			g->told = 1;
-			g->broken = err;
-			s->notice = 1;
-		}
-		break;
-	default:
+	enum rn_link_down down = rn_link_write_down(err);
+
+	if (down == RN_LINK_UP) {
 		s->c[RN_C_drop_link_write]++;
+		return;
+	}
+	s->c[RN_C_drop_link_down]++;
+	if (down == RN_LINK_LEFT && !g->told) {
+		g->told = 1;
+		g->broken = err;
+		s->notice = 1;
 	}
 }
 
@@ -122,7 +102,7 @@ static int write_link(struct rn_stage *s, struct stage_guest_rx *g, const uint8_
 	int err;
 
 	rn_tap_frame(s, RN_TAP_LINK, RN_PCAP_TO_GUEST, eth, len);
-	err = g->link.fd < 0 ? -ENODEV : fits(g, eth, len) ? rn_link_write(&g->link, eth - RN_VNET_HLEN, len) : -EMSGSIZE;
+	err = rn_link_put(&g->link, eth, len);
 	if (err == -EAGAIN) {
 		rn_tap_undo(s); /* of the ring it came from too: it will come again */
 		return 0;

@@ -87,21 +87,12 @@ static int read_failed(struct rn_stage *s, struct stage_guest_tx *t, int64_t err
 		t->gone = 1;
 		s->notice = 1;
 		return 0;
-	case -ENODATA: /* a stream that ended inside a frame, */
-	case -ECONNRESET: /* or whose peer left with our bytes unread */
-	case -EBADFD: /* the tap was deleted, */
-	case -EFAULT: /* or its queue taken away */
-	case -ENODEV:
-	case -ENXIO:
-	case -EBADF:
-	case -EINVAL:
-		s->c[RN_C_drop_link_read]++;
-		t->gone = 1;
-		return 0;
 	default:
-		/* Not known to pass by itself: wait for the next event instead of trying in a circle. */
 		s->c[RN_C_drop_link_read]++;
-		t->readable = 0;
+		if (rn_link_read_ended(err))
+			t->gone = 1;
+		else
+			t->readable = 0;
 		return 0;
 	}
 	s->c[RN_C_frames_in]++; /* a frame, though none that fits */
