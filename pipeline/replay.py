@@ -12,7 +12,8 @@ Host.   egress and services are in a private network (pipeline/host_script.py), 
         those of the recording, with what it shows they said; all else refuses. Between two frames the replay waits
         until that network is at rest.
 TCP.    Sequence numbers towards the guest are not those of the recording. If IN has both directions, acknowledgements of
-        the guest are translated: by the difference of the SYN-ACKs' numbers.
+        the guest are translated: by the difference of the SYN-ACKs' numbers. One of bytes that were not sent yet (what was
+        lost, and when it was sent again, is not the same) is cut to what was, and the rest of it follows when they were.
 Offload. A capture of a tap with offloads shows unfinished checksums and super-frames: they get the virtio-net header back
         that says so.
 """
@@ -273,30 +274,45 @@ class Numbers:
     """Translates the guest's acknowledgements from the recording's sequence numbers to ours."""
 
     def __init__(self) -> None:
-        self._recorded: dict[tuple[bytes, int, int], int] = {}  # (peer, peer's port, guest's port): initial number
+        # By (peer, peer's port, guest's port). Numbers behind the initial one are counted from it.
+        self._recorded: dict[tuple[bytes, int, int], int] = {}  # initial number
         self._ours: dict[tuple[bytes, int, int], int] = {}
-
-    def _note(self, table: dict[tuple[bytes, int, int], int], frame: bytes) -> None:
-        if (t := Tcp.of(frame)) is not None and t.flags & 0x12 == 0x12:  # SYN, ACK
-            table[t.src, t.sport, t.dport] = t.seq
+        self._sent: dict[tuple[bytes, int, int], int] = {}  # next number we would send
+        self._owed: dict[tuple[bytes, int, int], tuple[bytes, int, int]] = {}  # guest's segment, what it acknowledges, and was let
 
     def recorded(self, frame: bytes) -> None:
-        self._note(self._recorded, frame)
+        if (t := Tcp.of(frame)) is not None and t.flags & 0x12 == 0x12:  # SYN, ACK
+            self._recorded[t.src, t.sport, t.dport] = t.seq
 
     def ours(self, frame: bytes) -> None:
-        self._note(self._ours, frame)
+        if (t := Tcp.of(frame)) is None:
+            return
+        key = t.src, t.sport, t.dport
+        if t.flags & 0x12 == 0x12 and self._ours.get(key) != t.seq:
+            self._ours[key], self._sent[key] = t.seq, 0
+            self._owed.pop(key, None)
+        if key in self._ours and not t.flags & 0x04:
+            length = t.end - t.l4 - t.hlen + (t.flags >> 1 & 1) + (t.flags & 1)
+            if (end := (t.seq + length - self._ours[key]) % 2**32) < 2**31:
+                self._sent[key] = max(self._sent[key], end)
 
     def translated(self, frame: bytes) -> bytes:
         t = Tcp.of(frame)
         key = (t.dst, t.dport, t.sport) if t else None
-        if t is None or not t.flags & 0x10 or key not in self._recorded or key not in self._ours:
+        if t is None or key is None or not t.flags & 0x10 or key not in self._recorded or key not in self._ours:
             return frame
+        wants = (t.ack - self._recorded[key]) % 2**32
+        lets = min(wants, self._sent[key]) if wants < 2**31 else wants
+        self._owed.pop(key, None)
+        if lets < wants < 2**31 and not t.flags & 0x04:
+            self._owed[key] = frame, wants, lets
         shift = (self._ours[key] - self._recorded[key]) % 2**32
-        if not shift:
+        ack = (self._ours[key] + lets) % 2**32
+        if not shift and ack == t.ack:
             return frame
         new = bytearray(frame)
         whole = checksum(t.pseudo() + frame[t.l4:t.end]) == 0xFFFF  # else it is unfinished, and stays so
-        struct.pack_into("!I", new, t.l4 + 8, (t.ack + shift) % 2**32)
+        struct.pack_into("!I", new, t.l4 + 8, ack)
         at, end = t.l4 + 20, min(t.l4 + t.hlen, t.end)
         while at < end and new[at]:  # SACK blocks (RFC 2018) name our numbers too
             if new[at] == 1:
@@ -310,9 +326,35 @@ class Numbers:
                     struct.pack_into("!I", new, k, (struct.unpack_from("!I", new, k)[0] + shift) % 2**32)
             at += size
         if whole:
-            new[t.l4 + 16:t.l4 + 18] = b"\0\0"
-            struct.pack_into("!H", new, t.l4 + 16, ~checksum(t.pseudo() + bytes(new[t.l4:t.end])) & 0xFFFF)
+            _finish(new, t)
         return bytes(new)
+
+    def owed(self) -> list[bytes]:
+        """Pure acknowledgements of what was sent since the guest's last segment, which it had when that was recorded."""
+        found = []
+        for key, (frame, wants, let) in list(self._owed.items()):
+            if (now := min(wants, self._sent[key])) == let:
+                continue
+            if now == wants:
+                del self._owed[key]
+            else:
+                self._owed[key] = frame, wants, now
+            t = Tcp(frame)
+            new = bytearray(frame[:t.l4 + 20])
+            behind = (t.end - t.l4 - t.hlen + (t.flags >> 1 & 1) + (t.flags & 1))  # what that segment carried is behind us
+            struct.pack_into("!H", new, 16, len(new) - 14)
+            struct.pack_into("!H", new, 24, 0)
+            struct.pack_into("!H", new, 24, ~checksum(bytes(new[14:t.l4])) & 0xFFFF)
+            struct.pack_into("!IIBB", new, t.l4 + 4, (t.seq + behind) % 2**32, (self._ours[key] + now) % 2**32, 5 << 4, 0x10)
+            _finish(new, Tcp(bytes(new)))
+            found.append(bytes(new))
+        return found
+
+
+def _finish(frame: bytearray, t: Tcp) -> None:
+    """Compute a segment's checksum anew."""
+    frame[t.l4 + 16:t.l4 + 18] = b"\0\0"
+    struct.pack_into("!H", frame, t.l4 + 16, ~checksum(t.pseudo() + bytes(frame[t.l4:t.end])) & 0xFFFF)
 
 
 def recorded_host(packets: Iterable[Packet]) -> Recorded:
@@ -518,6 +560,9 @@ class Replay:
         deadline = time.monotonic() + REST_S
         while True:
             did = self._steps()
+            for frame in self.numbers.owed() if self._feeder is not None else ():
+                self._feeder.put(frame, bytes(12))
+                did = True
             if self.script is not None:
                 self._rest()
                 did |= self.script.pump()

@@ -253,11 +253,31 @@ def test_acknowledgements_are_translated(recorded: int, ours: int, past: int) ->
     numbers = Numbers()
     numbers.recorded(segment(TO_GUEST, recorded, 1, "SA")[1])
     numbers.ours(segment(TO_GUEST, ours, 1, "SA")[1])
+    numbers.ours(segment(TO_GUEST, (ours + past) % 2**32, 1, "A")[1])  # all of it was sent
     _, frame, _ = segment(FROM_GUEST, 7, (recorded + past) % 2**32, "A", b"data")
     new = numbers.translated(frame)
     t = Tcp.of(new)
     assert t is not None and t.ack == (ours + past) % 2**32 and len(new) == len(frame)
     assert checksum(t.pseudo() + new[t.l4:t.end]) == 0xFFFF
+
+
+def test_an_acknowledgement_that_is_early_waits_for_what_it_is_about() -> None:
+    """The guest of the recording had 500 bytes; ours sent 100 of them so far, then 300, then the rest and a FIN."""
+    numbers, recorded, ours = Numbers(), 1000, 2**32 - 50
+    numbers.recorded(segment(TO_GUEST, recorded, 1, "SA")[1])
+    numbers.ours(segment(TO_GUEST, ours, 1, "SA")[1])
+    numbers.ours(segment(TO_GUEST, ours + 1, 1, "A", bytes(100))[1])
+    _, frame, _ = segment(FROM_GUEST, 7, recorded + 501, "A", b"data")
+    t = Tcp.of(numbers.translated(frame))
+    assert t is not None and t.ack == (ours + 101) % 2**32 and numbers.owed() == []
+    for sent, flags, lets in ((200, "A", 301), (199, "FA", 501)):
+        numbers.ours(segment(TO_GUEST, (ours + lets - sent) % 2**32, 1, flags, bytes(sent))[1])
+        (pure,) = numbers.owed()
+        t = Tcp.of(pure)
+        assert t is not None and (t.seq, t.ack, t.flags) == (11, (ours + lets) % 2**32, 0x10)
+        assert len(pure) == 54 and checksum(t.pseudo() + pure[t.l4:t.end]) == 0xFFFF == checksum(pure[14:34])
+        assert numbers.owed() == []
+    assert numbers.translated(frame) != frame and numbers.owed() == []  # nothing is early any more
 
 
 def test_unfinished_checksums_get_their_header_back() -> None:
