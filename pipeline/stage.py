@@ -85,6 +85,7 @@ class Memory(tuple[CData, int]):
 
 
 _LOGS: list[Log] = []  # the process's one, set by main()
+_AT_ONCE = 16  # control messages between two turns
 
 
 def set_log_level(level: str) -> None:
@@ -181,17 +182,18 @@ class StageContext:
             self.send(Running())
 
     def handle_control(self) -> Ended | None:
-        """Read every control message that waits. Returns what run() must return, if it must end now.
+        """Read control messages that wait, a few at most: who sends them as fast as they are answered must not keep a stage
+        from its turns. The descriptor stays readable for the others. Returns what run() must return, if it must end now.
 
         On Cancel: the drain begins (draining is set, rn_stage_drain() called) and None is returned.
         Raises MessageError, Orphaned.
         """
         self.running()
-        while True:
+        for _ in range(_AT_ONCE):
             try:
                 got = self._channel.recv()
             except BlockingIOError:
-                return None
+                break
             if got is None:
                 raise Orphaned
             match got[0]:
@@ -208,6 +210,7 @@ class StageContext:
                     self._answer(Answer(seq=ask.seq, error=handler(ask, got[1])))
                 case other:
                     raise MessageError(f"{type(other).__name__} to a running stage")
+        return None
 
     def _answer(self, answer: Answer) -> None:
         """Asks come one by one, so there is room for the answer but behind a supervisor that stands still."""
