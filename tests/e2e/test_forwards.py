@@ -270,6 +270,17 @@ def digest_server(results: list[str]) -> Callable[[socket.socket], None]:
     return serve
 
 
+def fixed_port() -> int:
+    """A host port that is free for TCP and UDP, and which no socket gets by asking for any (what runs beside us asks often)."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in range(first - 1, 1023, -1):
+        with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp, contextlib.suppress(OSError):
+            for s in tcp, udp:
+                s.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("every port below the range for clients is in use")
+
+
 def test_2000_changes_under_load(session: Session, guest_ns: Netns) -> None:
     """Rules come and go while a flow through another forward, and one the guest made, move data: not a byte is lost;
     and the same port is there again at once, each time."""
@@ -310,7 +321,7 @@ def test_2000_changes_under_load(session: Session, guest_ns: Netns) -> None:
                 lambda: socket.create_connection(("127.0.0.1", stays.host_port), DEADLINE), from_guest)]
             for t in threads:
                 t.start()
-            rule = Forward(proto="tcp", host_addr="127.0.0.1", host_port=0, guest_port=inside)
+            rule = Forward(proto="tcp", host_addr="127.0.0.1", host_port=fixed_port(), guest_port=inside)
             [rule] = session.change_forwards([rule])
             datagrams = Forward(proto="udp", host_addr="127.0.0.1", host_port=rule.host_port, guest_port=inside)
             try:
