@@ -217,8 +217,12 @@ uint32_t eg_find(struct egress *e, uint8_t proto, const uint8_t guest[16], uint1
  * in TIME-WAIT: the oldest of those makes room). */
 uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16_t gport, const uint8_t peer[16],
 		uint16_t pport, const uint8_t mac[6]);
+/* A predecessor's time, CLOCK_MONOTONIC ns or UINT64_MAX (never), after @gap ns in which nobody worked: they are neither the guest's
+ * doing nor the network's. 0, or -EPROTO: no flow waits that long. */
+int eg_later(const struct egress *e, uint64_t *at, uint64_t gap);
 /* Entry @i, free so far, goes on where a predecessor's @was stopped, with descriptor @fd or -1; times are @gap ns later.
- * What hangs on it (parked segments, lists) is still to come. 0, or -errno of epoll_ctl() and nothing was done. */
+ * What hangs on it (parked segments, lists) is still to come. 0, or -errno, of epoll_ctl() or -EPROTO, and
+ * nothing was done. */
 int eg_adopt(struct egress *e, uint32_t i, const struct flow_priv *was, int fd, uint64_t gap);
 /* All were adopted: what is free below @fresh may be used. */
 void eg_adopted(struct egress *e, uint32_t fresh);

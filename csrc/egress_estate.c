@@ -232,6 +232,8 @@ static int plausible(const struct egress *e, const struct estate_flow *x, const 
 	const struct flow_priv *p = &x->priv;
 	uint8_t st = atomic_load_explicit(&fl->state, memory_order_relaxed);
 
+	if (has_fd && !(p->events & EPOLLET)) /* all are watched so: else one that is ready would never let us rest */
+		return 0;
 	if (st == RN_FL_FREE || fl->proto != p->proto || fl->gen != x->gen || (p->fast && (!e->fast || !has_fd)))
 		return 0;
 	switch (p->proto) {

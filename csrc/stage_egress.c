@@ -44,6 +44,7 @@
 #define EG_ICMP_BURST 50u    /* and at once (RFC 1812 4.3.2.8) */
 #define EG_ICMP_MAX 576u     /* bytes of an error, IP header included (RFC 1812 4.3.2.3) */
 #define EG_NS 1000000000ull
+#define LATEST_NS (366ull * 24 * 3600 * EG_NS) /* no time that a flow waits for is farther away */
 
 /* --- random numbers and hashing --- */
 
@@ -270,11 +271,24 @@ uint32_t eg_new(struct egress *e, uint8_t proto, const uint8_t guest[16], uint16
 	return i;
 }
 
+int eg_later(const struct egress *e, uint64_t *at, uint64_t gap)
+{
+	if (*at == UINT64_MAX)
+		return 0;
+	if (*at > e->s->now + LATEST_NS)
+		return -EPROTO;
+	*at += gap;
+	return 0;
+}
+
 int eg_adopt(struct egress *e, uint32_t i, const struct flow_priv *was, int fd, uint64_t gap)
 {
 	struct flow_priv *p = &e->priv[i];
 	const struct rn_flow *fl = eg_flow(e, i);
+	uint64_t at = was->timed ? was->deadline : UINT64_MAX;
 
+	if (eg_later(e, &at, gap))
+		return -EPROTO;
 	*p = *was;
 	p->fd = -1;
 	p->timer_next = p->timer_prev = p->work_next = p->work_prev = p->lru_next = p->lru_prev = EG_NONE;
@@ -296,8 +310,7 @@ int eg_adopt(struct egress *e, uint32_t i, const struct flow_priv *was, int fd, 
 	e->used++;
 	if (e->fresh <= i)
 		e->fresh = i + 1;
-	if (was->timed && was->deadline != UINT64_MAX)
-		eg_timer(e, i, was->deadline + gap);
+	eg_timer(e, i, at);
 	return 0;
 }
 

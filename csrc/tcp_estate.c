@@ -67,7 +67,7 @@ static int adopt_segment(struct egress *e, uint32_t i, struct rn_estate_in *in, 
 
 int tcp_plausible(const struct egress *e, uint32_t i, const struct flow_priv *p, int has_fd)
 {
-	if (p->fast_backoff > TCP_FAST_BACKOFF_MAX || p->backoff > TCP_BACKOFF_MAX)
+	if (((p->work & W_BARRIER) && !e->fast) || p->fast_backoff > TCP_FAST_BACKOFF_MAX || p->backoff > TCP_BACKOFF_MAX)
 		return 0;
 	switch (atomic_load_explicit(&e->flows->flow[i].state, memory_order_relaxed)) {
 	case RN_FL_TIME_WAIT:
@@ -117,13 +117,8 @@ int tcp_adopt(struct egress *e, uint32_t i, struct rn_estate_in *in, uint64_t ga
 		if (r)
 			return r;
 	}
-	/* The time away is neither the guest's doing nor the network's. */
-	if (p->rto_at != UINT64_MAX)
-		p->rto_at += gap;
-	if (p->ack_at != UINT64_MAX)
-		p->ack_at += gap;
-	if (p->life_at != UINT64_MAX)
-		p->life_at += gap;
+	if (eg_later(e, &p->rto_at, gap) || eg_later(e, &p->ack_at, gap) || eg_later(e, &p->life_at, gap))
+		return -EPROTO;
 	p->flags &= ~(uint32_t)F_TIMED;
 	return 0;
 }
