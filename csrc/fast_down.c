@@ -58,7 +58,7 @@ struct fast_down *fast_down_new(struct rn_stage *s, void *flows, uint64_t flows_
 	d->out = out;
 	d->me = rn_owner(s->row);
 	d->egress = rn_owner(s->out_row[RN_ROLE_BRIDGE]);
-	d->run = d->run_tail = d->watch = d->lacks = NONE;
+	d->run = d->run_tail = d->watch = d->lacks = d->said = NONE;
 	d->frame = 65535u - RN_IP4_HLEN - RN_TCP_HLEN;
 	d->flow = calloc(d->nflows, sizeof(*d->flow));
 	if (!d->flow || rn_flows_size(d->nflows) > flows_size) {
@@ -334,12 +334,45 @@ static int take_acks(struct fast_down *d, uint32_t i, struct rn_flow *f, uint64_
 	return 0;
 }
 
+/* The last frame is out. If guest_tx told a later edge before it, the guest takes that of this frame, which has the higher
+ * sequence number, for the newer one (RFC 9293 3.10.7.4), and waits: so the later edge is told once more. */
+static void say_again(struct fast_down *d)
+{
+	while (d->said != NONE) {
+		struct rn_flow *f = &d->flows->flow[d->said];
+		struct down_flow *q = &d->flow[d->said];
+		uint8_t *eth = d->buf + BUF_ETH;
+		struct rn_vnet_hdr v;
+		uint32_t ack, adv;
+
+		atomic_thread_fence(memory_order_seq_cst); /* the link, then rcv_adv: guest_tx shows it, then writes to the link */
+		ack = __atomic_load_n(&f->up.rcv_nxt, __ATOMIC_ACQUIRE);
+		adv = RN_LOOK(f->up.rcv_adv);
+		if (RN_LIKELY(adv == d->said_adv) || ack != d->said_ack || f->gen != d->said_gen || q->gen != d->said_gen) {
+			d->said = NONE; /* of new data it tells anyway */
+			return;
+		}
+		struct rn_tcpseg t = {
+			.seq = rn_acks_seq(f), .ack = ack, .flags = RN_TH_ACK, .wnd = rn_tcp_window_field(adv - ack, q->scaled),
+			.ip_id = d->ip_id++, .mss = UINT16_MAX, .gateway_mac = d->cfg.gateway_mac, .offload = d->cfg.offload,
+		};
+		uint32_t len = rn_tcpseg_build(f, &t, eth, &v);
+
+		memcpy(eth - RN_VNET_HLEN, &v, sizeof(v));
+		d->said_adv = adv;
+		if (!d->out(d->s, eth, len)) {
+			d->waiting = len;
+			return;
+		}
+	}
+}
+
 /* One frame of at most @max bytes. Bytes sent, 0: the end, -errno. */
 static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint32_t max, uint32_t mss)
 {
 	struct down_flow *q = &d->flow[i];
 	uint8_t *eth = d->buf + BUF_ETH, *data = eth + HEADERS;
-	uint32_t off = f->down.snd_nxt - f->down.snd_una, seq = f->down.snd_nxt, ack, len;
+	uint32_t off = f->down.snd_nxt - f->down.snd_una, seq = f->down.snd_nxt, ack, adv, len;
 	uint64_t began = rn_stage_inline_begin(d->s);
 	struct rn_vnet_hdr v;
 	ssize_t n = q->peek_off ? rn_peek_at(q->fd, &q->at, off, data, max)
@@ -349,9 +382,10 @@ static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint
 		return n == 0 && !q->peek_off && off && !q->hup ? -EAGAIN : n;
 	/* rcv_nxt before rcv_adv: the edge told is then never beyond the one offered. */
 	ack = __atomic_load_n(&f->up.rcv_nxt, __ATOMIC_ACQUIRE);
+	adv = RN_LOOK(f->up.rcv_adv);
 	struct rn_tcpseg t = {
 		.seq = seq, .ack = ack, .flags = RN_TH_ACK | ((uint32_t)n < max ? RN_TH_PSH : 0),
-		.wnd = rn_tcp_window_field(RN_LOOK(f->up.rcv_adv) - ack, q->scaled), .ip_id = d->ip_id++, .len = (uint32_t)n,
+		.wnd = rn_tcp_window_field(adv - ack, q->scaled), .ip_id = d->ip_id++, .len = (uint32_t)n,
 		.mss = mss, .gateway_mac = d->cfg.gateway_mac, .offload = d->cfg.offload,
 	};
 
@@ -370,10 +404,17 @@ static ssize_t send_one(struct fast_down *d, uint32_t i, struct rn_flow *f, uint
 	RN_SHOW(f->up.acked, ack);
 	RN_SHOW(f->last_ns, d->s->now);
 	d->s->c[RN_C_fast_frames]++;
-	if (!d->out(d->s, eth, len))
+	d->said = i;
+	d->said_gen = f->gen;
+	d->said_ack = ack;
+	d->said_adv = adv;
+	if (!d->out(d->s, eth, len)) {
 		d->waiting = len;
-	else if (RN_UNLIKELY(began)) /* what the link made wait is the link's time */
+		return n;
+	}
+	if (RN_UNLIKELY(began)) /* what the link made wait is the link's time */
 		rn_stage_inline_end(d->s, began);
+	say_again(d);
 	return n;
 }
 
@@ -539,6 +580,9 @@ int fast_down_turn(struct fast_down *d)
 			return -EAGAIN;
 		d->waiting = 0;
 		did = 1;
+		say_again(d);
+		if (d->waiting)
+			return -EAGAIN;
 	}
 	for (uint32_t k = 0; k < RUNS && budget && d->run != NONE; k++) {
 		uint32_t i = d->run;

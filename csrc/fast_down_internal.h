@@ -45,6 +45,8 @@ struct fast_down {
 	uint64_t watch_at;
 	uint16_t ip_id;
 	uint8_t reset;	  /* 1: egress is still to be told that this is a new process */
+	uint32_t said, said_gen; /* TCP flow that the frame in buf is of, NONE: no matter, */
+	uint32_t said_ack, said_adv; /* and what it tells of rcv_nxt and rcv_adv */
 	uint32_t waiting; /* bytes of a frame in buf that the link did not take yet; 0: none */
 	struct rn_peek_skip *skip; /* made at the first flow that needs it */
 	uint8_t buf[BUF_ETH + RN_FRAME_MAX + 64];

@@ -157,6 +157,16 @@ static inline uint32_t rn_acks_wnd(uint64_t w)
 	return (uint32_t)w;
 }
 
+/* Sequence number of a segment without data, from whoever: what was sent, but not outside a window that the guest took back
+ * (RFC 9293 3.10.7.4, first). Acquire: after what is shown before a frame goes to the link. */
+static inline uint32_t rn_acks_seq(const struct rn_flow *f)
+{
+	uint64_t w = atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed);
+	uint32_t max = __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE), edge = rn_acks_ack(w) + rn_acks_wnd(w);
+
+	return (int32_t)(edge - max) < 0 ? edge : max;
+}
+
 /* K1: tell the owner of down. Never back: of two that tell, the newer acknowledgment stays. @same: 1: the window of the
  * same acknowledgment number may change too (guest_tx, which sees the guest's segments in order). 1: it was news. */
 static inline int rn_acks_post(struct rn_acks *k, uint32_t ack, uint32_t wnd, uint64_t now_ns, int same)

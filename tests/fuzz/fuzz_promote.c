@@ -57,8 +57,10 @@ static struct target {
 	int bells[ROWS], chan_tx[2], chan_rx[2], client, server;
 	struct rn_flow *f;
 	uint64_t now, since; /* since: of the oldest byte that is not acknowledged */
-	uint32_t up0, down0, edge, seen; /* first numbers; window's edge told; the guest's rcv_nxt */
-	uint32_t offered; /* edge of the guest's window, its highest */
+	uint32_t up0, down0, seen; /* first numbers; the guest's rcv_nxt */
+	uint32_t acked, edge; /* highest that were told: acknowledgment, window's edge */
+	uint32_t believed, wl1; /* the edge as the guest sees it, and SND.WL1 */
+	uint32_t offered, claimed; /* edge of the guest's window, and what it acknowledged, their highest */
 	uint32_t host_wrote, host_read;
 	int odd, full, broke;
 	uint64_t inputs, up_bytes, down_bytes, acks, relent, restarts, scribbled;
@@ -98,7 +100,13 @@ static void arrives(const uint8_t *eth, uint32_t len)
 	n = len - 54;
 	must(!lt(t.f->up.rcv_nxt, ack), "ACK of what the socket took");
 	edge = ack + ((uint32_t)rn_get16(th + RN_TCP_WND) << RN_TCP_WSCALE);
-	must(!lt(edge + (1u << RN_TCP_WSCALE), t.edge), "the window's edge never moves back");
+	/* RFC 9293 3.10.7.4: what of that the guest believes. A frame of guest_rx may be overtaken by guest_tx's ACK. */
+	if (!lt(ack, t.acked) && (lt(t.wl1, seq) || (t.wl1 == seq && !lt(ack, t.acked)))) {
+		t.believed = edge;
+		t.wl1 = seq;
+	}
+	if (lt(t.acked, ack))
+		t.acked = ack;
 	if (lt(t.edge, edge))
 		t.edge = edge;
 	if (!n) {
@@ -164,7 +172,12 @@ static void relend(void)
 		t.f->down.snd_una = ack;
 	}
 	t.f->down.snd_wnd = rn_acks_wnd(w);
-	t.f->up.acked = t.f->up.rcv_nxt; /* egress acknowledges what it finds */
+	t.f->up.acked = t.f->up.rcv_nxt; /* egress acknowledges what it finds, */
+	if (t.f->up.rcv_adv - t.f->up.rcv_nxt < 2 * MTU) { /* and opens a window that is closed, or nearly (tcp_take_up()) */
+		t.f->up.rcv_adv = t.f->up.rcv_nxt + 65536;
+		t.acked = t.f->up.acked;
+		t.edge = t.believed = t.f->up.rcv_adv;
+	}
 	t.f->up.torn = 0;
 	t.f->down.torn = 0;
 	offer();
@@ -284,9 +297,13 @@ static void segment(uint8_t flags, uint32_t seq, uint32_t ack, uint16_t wnd, uin
 		v.hdr_len = (uint16_t)(54 + optlen);
 	}
 	memcpy(f - RN_VNET_HLEN, &v, sizeof(v));
-	/* What it claims to have, it does not get again; a later edge counts if the half takes the segment. */
-	if (!lt(ack, t.seen) && ack == t.seen && lt(t.offered, edge))
-		t.offered = edge;
+	/* What it claims to have, it does not get again; a later edge counts if the half takes the segment, which it may unless
+	 * more was acknowledged before. */
+	if (!lt(ack, t.claimed) && !lt(t.seen, ack)) {
+		t.claimed = ack;
+		if (lt(t.offered, edge))
+			t.offered = edge;
+	}
 	if (lt(t.seen, ack) && !lt(t.f->down.snd_max, ack))
 		t.odd = 1; /* of bytes that are in the link's stage still */
 	begin_turn(t.tx);
@@ -421,7 +438,9 @@ static void make_flow(struct input *in)
 	f->gen = 1;
 	atomic_store(&f->state, RN_FL_ESTABLISHED);
 	f->up.rcv_nxt = f->up.acked = t.up0;
-	f->up.rcv_adv = t.edge = t.up0 + 65536;
+	f->up.rcv_adv = t.edge = t.believed = t.up0 + 65536;
+	t.wl1 = t.claimed = t.down0;
+	t.acked = t.up0;
 	f->up.wscale = RN_TCP_WSCALE;
 	f->down.snd_una = f->down.snd_nxt = f->down.snd_max = t.seen = t.down0;
 	f->down.snd_wnd = 65536;
@@ -507,8 +526,10 @@ static void come_to_rest(void)
 		turn_tx();
 		turn_rx();
 		host_read(1 << 20);
-		if (!lt(t.f->up.rcv_nxt, up_end) && t.seen == t.down0 + t.host_wrote && t.host_read == t.f->up.rcv_nxt - t.up0)
+		if (!lt(t.f->up.rcv_nxt, up_end) && t.seen == t.down0 + t.host_wrote && t.host_read == t.f->up.rcv_nxt - t.up0) {
+			must(!lt(t.believed + (1u << RN_TCP_WSCALE), t.edge), "the window's edge is not taken back");
 			return;
+		}
 		t.now += 5000000;
 		if (k > 20)
 			(void)poll(&wait, 1, 1); /* loopback needs no time but that of a busy machine */
@@ -542,6 +563,7 @@ static void restart(struct input *in)
 	if (which & 1) {
 		fast_up_free(t.up);
 		rn_stage_free(t.tx);
+		which &= atomic_load(&t.f->up.owner) == rn_owner(TX) ? 3u : 1u; /* an owner only is at work */
 		if (which & 2)
 			atomic_fetch_or(&t.f->up.owner, RN_OWNER_BUSY);
 		start_tx(2);
@@ -550,6 +572,7 @@ static void restart(struct input *in)
 	} else {
 		fast_down_free(t.down);
 		rn_stage_free(t.rx);
+		which &= atomic_load(&t.f->down.owner) == rn_owner(RX) ? 3u : 1u;
 		if (which & 2)
 			atomic_fetch_or(&t.f->down.owner, RN_OWNER_BUSY);
 		start_rx(2);
