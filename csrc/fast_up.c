@@ -4,7 +4,8 @@
  * A frame read from the link is looked up by its addresses and ports. Of a flow that is here it is parsed by the rules of
  * classify, and taken if it is what a settled connection sends nearly always: ACK or ACK+PSH without options, at rcv_nxt,
  * inside the window, acknowledging what was sent. Its data goes to send() from where the link put it; rcv_nxt advances by
- * what send() took (I1). Everything else goes to egress, which takes the half back for as long as it needs it.
+ * what send() took (I1). A segment with nothing new in it is answered. Everything else goes to egress, which takes the half
+ * back for as long as it needs it.
  *
  * Bypass. A good TCP segment has been parsed here by then, so it goes to egress by a ring of its own, and a connection that
  * is opened, used once and closed saves a wake for each segment. All other frames, bad ones too, are classify's.
@@ -17,6 +18,8 @@
  *
  * Window. What three quarters of the host's send buffer has free (I3); there is no slack as in egress (tcp_up.c), as the
  * descriptor is watched for room instead when little is left. The watching also is what makes the kernel grow the buffer.
+ *
+ * Crowd. Among many senders windows are opened in turn: fast_turns.c.
  *
  * Barrier. A bulk flow never pauses, so when it is offered segments of it are always under way to egress, and the next one
  * read here is never the one at rcv_nxt. After MISSES of them a notice is sent behind the last; the link is not read until
@@ -78,6 +81,8 @@ struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void
 	u->flow = calloc(u->nflows, sizeof(*u->flow));
 	u->hash = calloc(nhash, sizeof(*u->hash)); /* index + 1: untouched pages stay untouched */
 	u->udp = fast_udp_new();
+	fast_turns_init(&u->turns, cfg->parse.mtu);
+	atomic_store_explicit(&u->flows->crowd, 0, memory_order_relaxed); /* a predecessor's guess, for egress */
 	if (!u->flow || !u->hash || !u->udp || rn_flows_size(u->nflows) > flows_size) {
 		fast_up_free(u);
 		return NULL;
@@ -160,6 +165,7 @@ static void let_go(struct fast_up *u, uint32_t i)
 	if (ff->watched) /* others hold the socket too: a close alone would leave it in epoll */
 		(void)epoll_ctl(u->s->epfd, EPOLL_CTL_DEL, ff->fd, NULL);
 	close(ff->fd);
+	fast_turns_close(u, i);
 	ff->fd = -1;
 	ff->proto = 0;
 	ff->watched = 0;
@@ -184,6 +190,8 @@ static void take_in(struct fast_up *u, const struct rn_pass *p, int fd)
 	ff->in_turn = 0;
 	ff->misses = 0;
 	ff->sndbuf = 0;
+	ff->tight = 0;
+	ff->turn.rcv_nxt = RN_LOOK(f->up.rcv_nxt);
 	ff->df = p->df;
 	ff->slow = 0;
 	ff->to = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons(p->peer_port) };
@@ -319,9 +327,9 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 	uint32_t wnd = (uint32_t)rn_get16(th + RN_TCP_WND) << rn_tcp_shift(f->down.wscale);
 	uint64_t known = atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed);
 	int32_t ahead = (int32_t)(ack - rn_acks_ack(known));
-	int lost = 0;
+	int lost = 0, old = SEQ_LT(seq, f->up.rcv_nxt) && !SEQ_GT(seq + len, f->up.rcv_nxt);
 
-	if (seq != f->up.rcv_nxt || SEQ_GT(seq + len, f->up.rcv_adv)) {
+	if (!old && (seq != f->up.rcv_nxt || SEQ_GT(seq + len, f->up.rcv_adv))) {
 		if (SEQ_GT(seq, f->up.rcv_nxt) && ++ff->misses >= MISSES && u->barrier == NONE && !u->barrier_until) {
 			u->barrier = i;
 			ff->misses = 0;
@@ -330,11 +338,11 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 	}
 	/* Acknowledgment: new, or nothing new with data (RFC 5681 2: without it is a duplicate). Acquire: what was sent is
 	 * shown before it is written to the link, so the guest cannot be ahead of what we see. */
-	if (ahead < 0 || SEQ_GT(ack, __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE)))
+	if ((ahead < 0 && !old) || SEQ_GT(ack, __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE)))
 		return 0;
-	if (!ahead && !len && wnd == rn_acks_wnd(known))
+	if (!old && !ahead && !len && wnd == rn_acks_wnd(known))
 		return 0;
-	if (ahead || wnd != rn_acks_wnd(known)) {
+	if (old ? ahead > 0 : ahead || wnd != rn_acks_wnd(known)) { /* an old segment's window may be old */
 		uint32_t owner = atomic_load_explicit(&f->down.owner, memory_order_relaxed);
 
 		if ((owner & ~RN_OWNER_BUSY) != u->rx)
@@ -347,7 +355,12 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 	ff->misses = 0;
 	RN_SHOW(f->up.fast, f->up.fast + 1);
 	RN_SHOW(f->last_ns, u->s->now);
-	if (len) {
+	if (old) {
+		/* A probe of a window (RFC 9293 3.8.6.1) or of our life (3.8.4), or sent once more without need: to be answered. */
+		u->s->c[RN_C_tcp_duplicate_segments]++;
+		ff->asked = 1;
+		owe(u, i);
+	} else if (len) {
 		ssize_t n;
 
 		do
@@ -362,8 +375,11 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 		f->up.bytes += (uint64_t)n;
 		f->up.packets++;
 		u->s->c[RN_C_tcp_fast_up_bytes] += (uint64_t)n;
-		if ((uint32_t)n < len)
+		if ((uint32_t)n < len) {
+			ff->tight = 1;
+			ff->sndbuf = 0; /* it grows with what did not fit */
 			return -1;
+		}
 		owe(u, i);
 	}
 	return !lost;
@@ -461,8 +477,13 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 	struct fast_flow *ff = &u->flow[i];
 	uint32_t limit = ff->scaled ? 65535u << RN_TCP_WSCALE : 65535u, mtu = u->cfg.parse.mtu, room, edge;
 	uint32_t wnd = f->up.rcv_adv - f->up.rcv_nxt;
-	int out = 0, moved = 0;
+	enum fast_turn_may may = fast_turns_may(u, i, f->up.rcv_nxt, wnd);
+	int out = 0, moved = 0, scant;
 
+	if (may == FAST_TURN_LATER) {
+		rn_wait_set(&f->up.wait, &f->up.wait_ns, wnd < 2u * mtu ? RN_WAIT_TURN : RN_WAIT_NONE, u->s->now);
+		return 0;
+	}
 	if (ioctl(ff->fd, SIOCOUTQ, &out) < 0)
 		return 0;
 	if (!ff->sndbuf || (uint32_t)out > ff->sndbuf / 2) {
@@ -480,13 +501,20 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 		room = ff->sndbuf / 4;
 	if (room > limit)
 		room = limit;
+	scant = room < ff->sndbuf / 4 && room < limit;
+	/* A turn is not cut short: a socket with nothing in it takes a super-frame, however small its buffer still is. If it
+	 * does not, the kernel makes that larger. */
+	if (may == FAST_TURN_NOW && (room > u->turns.quantum || (!out && !ff->tight)))
+		room = u->turns.quantum < limit ? u->turns.quantum : limit;
 	edge = f->up.rcv_nxt + room;
 	if (SEQ_GT(edge, f->up.rcv_adv) && (edge - f->up.rcv_adv >= 2u * mtu || wnd < 4u * mtu)) {
 		RN_SHOW(f->up.rcv_adv, edge);
 		wnd = room;
 		moved = 1;
+		if (may == FAST_TURN_NOW)
+			fast_turns_open(u, i, wnd);
 	}
-	if (wnd < ff->sndbuf / 4 && wnd < limit && ff->watched != 2 && !ff->told_window)
+	if (scant && ff->watched != 2 && !ff->told_window)
 		watch_room(u, i);
 	rn_wait_set(&f->up.wait, &f->up.wait_ns, out && wnd < 2u * mtu ? RN_WAIT_HOST : RN_WAIT_NONE, u->s->now);
 	return moved;
@@ -527,7 +555,7 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 	struct fast_flow *ff = &u->flow[i];
 	struct rn_flow *f = &u->flows->flow[i];
 	uint32_t acked;
-	int r = 0, moved;
+	int r = 0, moved, turn = u->turns.now == i;
 
 	if (!ff->proto)
 		return 0;
@@ -551,18 +579,15 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 			goto leave;
 		}
 	}
-	if (acked == f->up.rcv_nxt && !(moved && (ff->told_window || due)))
+	if (acked == f->up.rcv_nxt && !ff->asked && !(moved && (ff->told_window || due || turn)))
 		goto leave;
-	if (!due && !ff->told_window && f->up.rcv_nxt - acked < 2u * (u->cfg.parse.mtu - 40u)) {
+	if (!due && !ff->told_window && !turn && !ff->asked && f->up.rcv_nxt - acked < 2u * (u->cfg.parse.mtu - 40u)) {
 		make_late(u, i);
 		if (ff->in_turn >= SPEAKS_IN_TURN)
 			goto leave;
 	}
-	/* As ack_seq() in tcp.c: not outside a window that the guest took back (RFC 9293 3.10.7.4, first). */
-	uint64_t w = atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed);
-	uint32_t max = __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE), edge = rn_acks_ack(w) + rn_acks_wnd(w);
 	struct rn_tcpseg t = {
-		.seq = SEQ_LT(edge, max) ? edge : max, .ack = f->up.rcv_nxt, .flags = RN_TH_ACK,
+		.seq = rn_acks_seq(f), .ack = f->up.rcv_nxt, .flags = RN_TH_ACK,
 		.wnd = rn_tcp_window_field(f->up.rcv_adv - f->up.rcv_nxt, ff->scaled), .ip_id = u->ip_id++,
 		.gateway_mac = u->cfg.parse.gateway_mac, .offload = u->cfg.offload, .mss = UINT16_MAX,
 	};
@@ -592,8 +617,16 @@ int fast_up_flush(struct fast_up *u)
 		if (tell(u, i, 0))
 			return 1;
 		u->owed = ff->owed_next;
-		ff->owed = 0;
+		ff->owed = ff->asked = 0;
 		ff->told_window = 0;
+	}
+	while (RN_UNLIKELY((u->turns.now = fast_turns_next(u)) != NONE)) {
+		int r = tell(u, u->turns.now, 0);
+
+		u->turns.now = NONE;
+		if (r)
+			return 1;
+		fast_turns_done(u);
 	}
 	while (u->late != NONE && u->s->now >= u->flow[u->late].late_due) {
 		uint32_t i = u->late;
@@ -622,7 +655,9 @@ void fast_up_event(struct fast_up *u, uint32_t i, uint32_t events)
 
 uint64_t fast_up_deadline(const struct fast_up *u)
 {
-	uint64_t at = u->late == NONE ? UINT64_MAX : u->flow[u->late].late_due;
+	uint64_t at = u->late == NONE ? UINT64_MAX : u->flow[u->late].late_due, turn = fast_turns_deadline(u);
 
+	if (turn < at)
+		at = turn;
 	return u->barrier_until && u->barrier_until < at ? u->barrier_until : at;
 }

@@ -1,4 +1,4 @@
-/* fast_up_internal.h - what fast_up.c (which flow, TCP) and fast_udp_up.c share. Nobody else includes it. */
+/* fast_up_internal.h - what fast_up.c (which flow, TCP), fast_turns.c and fast_udp_up.c share. Nobody else includes it. */
 #ifndef RN_FAST_UP_INTERNAL_H
 #define RN_FAST_UP_INTERNAL_H
 
@@ -13,6 +13,26 @@
 
 struct udp_batch; /* fast_udp_up.c */
 
+struct fast_turn { /* of a flow: fast_turns.c */
+	uint32_t rcv_nxt, epoch, sent; /* as last seen; bytes in that epoch */
+	uint32_t left;		       /* bytes of an open turn that are not used */
+	uint32_t prev, next, wait_next;
+	uint8_t open, waits;
+	uint64_t until;
+};
+
+struct fast_turns {
+	uint32_t open_first, open_last; /* turns, oldest first */
+	uint32_t wait_first, wait_last; /* flows that wait for one */
+	uint32_t quantum, used_up;	/* bytes of window at a time, and which is too little to count */
+	uint32_t open;			/* bytes, of all */
+	uint32_t now;			/* the flow whose turn it is just now, or NONE */
+	uint32_t epoch;
+	int crowded;
+	double sum, squares; /* of what the flows sent in this epoch, bytes */
+	uint64_t began;	     /* that one, CLOCK_MONOTONIC ns */
+};
+
 struct fast_flow {
 	int fd;		       /* our descriptor of the host socket, -1: not here */
 	uint32_t gen;
@@ -21,6 +41,8 @@ struct fast_flow {
 	uint32_t ports;	       /* as in the packet, source first */
 	uint8_t proto, scaled;
 	uint8_t owed;	       /* in the list of flows with something to tell the guest */
+	uint8_t tight;	       /* the host socket once did not take all */
+	uint8_t asked;	       /* of an owed one: by a segment with nothing new */
 	uint8_t late;	       /* in the list of ACKs that wait for an answer */
 	uint8_t in_turn;       /* answers that carried an ACK, running; at most SPEAKS_IN_TURN */
 	uint8_t watched;       /* 1: in epoll, 2: and waiting for room */
@@ -36,6 +58,7 @@ struct fast_flow {
 	uint32_t lacks_next, lacks_gen; /* of one whose socket did not come, while egress is to be told */
 	uint8_t lacks;
 	uint32_t sndbuf;
+	struct fast_turn turn;
 };
 
 struct fast_up {
@@ -55,9 +78,25 @@ struct fast_up {
 	uint64_t barrier_until; /* 0: none is out */
 	uint16_t ip_id;
 	struct udp_batch *udp; /* fast_udp_up.c */
+	struct fast_turns turns;
 	uint8_t reset; /* 1: egress is still to be told that this is a new process */
 	alignas(4) uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN];
 };
+
+/* fast_turns.c */
+enum fast_turn_may {
+	FAST_TURN_FREE,	 /* no crowd: as far as the host socket has room */
+	FAST_TURN_NOW,	 /* by fast_turns.quantum at most, then fast_turns_open() */
+	FAST_TURN_LATER, /* not now: enough is open, or its turn comes (fast_turns_next()) */
+};
+void fast_turns_init(struct fast_turns *t, uint32_t mtu);
+/* How far may the window of flow @i be opened? It is @wnd bytes now, and @rcv_nxt what came in order. */
+enum fast_turn_may fast_turns_may(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd);
+void fast_turns_open(struct fast_up *u, uint32_t i, uint32_t wnd);
+void fast_turns_close(struct fast_up *u, uint32_t i);
+uint32_t fast_turns_next(struct fast_up *u); /* the flow whose turn it is, NONE: nobody's */
+void fast_turns_done(struct fast_up *u); /* with that one */
+uint64_t fast_turns_deadline(const struct fast_up *u); /* CLOCK_MONOTONIC ns */
 
 /* fast_udp_up.c */
 struct udp_batch *fast_udp_new(void); /* NULL: out of memory; free() ends it */

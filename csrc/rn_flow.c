@@ -29,7 +29,7 @@ int rn_flows_create(void *mem, uint64_t size, uint32_t nflows, uint64_t secret0,
 		return -EINVAL;
 	flows->version = RN_LAYOUT_VERSION;
 	flows->nflows = nflows;
-	flows->reserved = 0;
+	atomic_store_explicit(&flows->crowd, 0, memory_order_relaxed); /* nobody else has it yet */
 	flows->secret[0] = secret0;
 	flows->secret[1] = secret1;
 	flows->magic = RN_FLOWS_MAGIC;

@@ -31,7 +31,8 @@ enum rn_wait { /* what keeps a half from moving */
 	RN_WAIT_HOST,	/* up: the host socket's buffer is full */
 	RN_WAIT_WINDOW, /* down: the guest's window is closed */
 	RN_WAIT_ACK,	/* down: what is in flight fills the guest's window */
-	RN_WAIT_ROOM	/* down: no slot or buffer towards the guest */
+	RN_WAIT_ROOM,	/* down: no slot or buffer towards the guest */
+	RN_WAIT_TURN	/* up: other senders' turn to have their window opened (fast_turns.c) */
 };
 #define RN_FIN_SEEN 1 /* up: guest's FIN is in order; down: host side reached its end */
 #define RN_FIN_SENT 2 /* up: shutdown(SHUT_WR) done; down: FIN sent to the guest */
@@ -115,7 +116,10 @@ _Static_assert(sizeof(struct rn_flow) % RN_CACHE_LINE == 0, "entries start on a 
 
 struct rn_flows {
 	uint32_t magic, version;
-	uint32_t nflows, reserved;
+	uint32_t nflows;
+	/* Bytes that a window is opened to at most, as many flows send at once (fast_turns.c); 0: as far as there is room.
+	 * relaxed, written by guest_tx, for egress: a guess that may be late. */
+	_Atomic uint32_t crowd;
 	uint64_t secret[2]; /* key of the ISN and of hash tables (RFC 6528 3): random a session */
 	alignas(RN_CACHE_LINE) struct rn_flow flow[];
 };

@@ -155,6 +155,15 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 	return (before && SEQ_GE(before->seq + before->len, seq)) || (n->next && SEQ_LE(n->next->seq, seq + len)) ? 1 : 2;
 }
 
+/* Will it be promoted when it has had its first segments? */
+static int fresh(const struct egress *e, uint32_t i)
+{
+	const struct egress_promote *cfg = promote_config(e);
+	const struct flow_priv *p = &e->priv[i];
+
+	return cfg && !p->is_unix && !(p->fast & FP_TX) && eg_flow((struct egress *)e, i)->up.packets < 4 * cfg->after;
+}
+
 /**
  * tcp_update_window() - Move the right edge of the window we offer, if the host socket has room
  * Never back (RFC 9293 3.8.6). Not by less than a segment unless the window is small anyway: silly window
@@ -164,7 +173,7 @@ int tcp_update_window(struct egress *e, uint32_t i)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
-	uint32_t limit = p->flags & F_GUEST_WS ? 65535u << TCP_WSCALE : 65535u, room, edge;
+	uint32_t limit = p->flags & F_GUEST_WS ? 65535u << TCP_WSCALE : 65535u, room, edge, crowd;
 	int out = 0;
 
 	if (p->parked && (p->flags & F_BLOCKED))
@@ -181,8 +190,14 @@ int tcp_update_window(struct egress *e, uint32_t i)
 	}
 	/* Bookkeeping takes a part of the buffer: a quarter is an estimate, parking corrects it. */
 	room = p->sndbuf / 4 * 3;
-	room = (room > (uint32_t)out ? room - (uint32_t)out : 0) +
-	       (e->tcp->parked < TCP_PARK_MAX / 4 ? TCP_SLACK : TCP_SLACK_LOW);
+	room = room > (uint32_t)out ? room - (uint32_t)out : 0;
+	/* A flow that is soon promoted does without: a thousand that begin at once would overfill the guest's queue. */
+	if (!fresh(e, i))
+		room += e->tcp->parked < TCP_PARK_MAX / 4 ? TCP_SLACK : TCP_SLACK_LOW;
+	/* Among many senders a little at a time, as guest_tx does it by turns with those that it has. relaxed: a guess */
+	crowd = atomic_load_explicit(&e->flows->crowd, memory_order_relaxed);
+	if (crowd && crowd < limit)
+		limit = crowd;
 	if (room > limit)
 		room = limit;
 	edge = f->up.rcv_nxt + room;

@@ -152,6 +152,8 @@ def waits_for(f: Flow, now_ns: int) -> str:
             said.append(f"room towards the guest {since(f.down_wait_ns)}")
     if f.up_wait == Wait.HOST:
         said.append(f"host buffer full {since(f.up_wait_ns)} ({f.parked} B parked)")
+    elif f.up_wait == Wait.TURN:
+        said.append(f"its turn among many senders {since(f.up_wait_ns)}")
     elif f.parked:
         said.append(f"a segment missing from the guest ({f.parked} B behind it parked)")
     if f.down_fin & FIN_SENT and not f.down_fin & FIN_ACKED:

@@ -171,6 +171,7 @@ class Lib:
     RN_WAIT_HOST: int
     RN_WAIT_NONE: int
     RN_WAIT_ROOM: int
+    RN_WAIT_TURN: int
     RN_WAIT_WINDOW: int
     def arp_answer_bytes(self, frame: CData, len: int, cfg: CData, out: CData, /) -> int: ...
     def classify_config_check(self, cfg: CData, /) -> int: ...

@@ -33,6 +33,7 @@ class Wait(enum.IntEnum):
     WINDOW = lib.RN_WAIT_WINDOW
     ACK = lib.RN_WAIT_ACK
     ROOM = lib.RN_WAIT_ROOM
+    TURN = lib.RN_WAIT_TURN
 
 
 FIN_SEEN, FIN_SENT, FIN_ACKED = lib.RN_FIN_SEEN, lib.RN_FIN_SENT, lib.RN_FIN_ACKED

@@ -43,6 +43,7 @@ def flow(**fields: Any) -> Flow:
     ({"down_wait": Wait.ACK, "down_wait_ns": NOW - 2_000_000, "snd_una": 2**32 - 10, "snd_nxt": 90},
      "guest's ACK 2 ms (100 B in flight fill its window)"),
     ({"down_wait": Wait.ROOM, "down_wait_ns": NOW}, "room towards the guest 0 ms"),
+    ({"up_wait": Wait.TURN, "up_wait_ns": NOW - 30_000_000}, "its turn among many senders 30 ms"),
     ({"up_wait": Wait.HOST, "up_wait_ns": NOW - 1_500_000_000, "parked": 7000}, "host buffer full 1.5 s (7000 B parked)"),
     ({"parked": 1460}, "a segment missing from the guest (1460 B behind it parked)"),
     ({"up_wait": Wait.HOST, "up_wait_ns": NOW, "down_wait": Wait.WINDOW, "down_wait_ns": NOW},

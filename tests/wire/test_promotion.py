@@ -318,7 +318,27 @@ def test_a_keepalive_probe_is_answered(wire: Wire) -> None:
     with promoted(wire) as (g, host):
         g.send(ACK, seq=g.snd_nxt - 1)
         assert g.wait_ack().data == b""
-        settle(wire, g, host)
+        assert owners(wire, g.sport) == THERE
+        both_ways(g, host)
+
+
+def test_what_is_sent_again_is_answered_and_not_taken_twice(wire: Wire) -> None:
+    """RFC 9293 3.10.7.4. Its acknowledgement counts if it is news."""
+    with promoted(wire) as (g, host):
+        before = wire.counters("guest_tx")["tcp_duplicate_segments"]
+        g.push(b"once")
+        assert read_exactly(host, 4) == b"once"
+        g.wait_ack()
+        host.sendall(b"answer")
+        seg = g.expect(ACK)
+        assert seg.data == b"answer"
+        g.rcv_nxt = seg.end
+        g.send(ACK | PSH, b"once", seq=g.snd_nxt - 4)  # acknowledges the answer too
+        assert not g.wait_ack().data
+        assert owners(wire, g.sport) == THERE
+        assert not g.fence(), "the answer was not acknowledged: it came again"
+        both_ways(g, host)
+        assert wire.counters("guest_tx")["tcp_duplicate_segments"] > before
 
 
 def test_a_new_syn_on_the_pair_is_challenged(wire: Wire) -> None:
@@ -379,10 +399,10 @@ def fill(g: GuestTcp, most: int = 1 << 30) -> int:
 
 
 def test_a_closed_window_opens_also_if_egress_has_the_flow_by_then(wire: Wire) -> None:
-    """The probe of a closed window gives both halves to egress, so that guest_tx hears of room in vain."""
+    """A segment outside the window gives the half to egress, so that guest_tx hears of room in vain."""
     with promoted(wire, mss=1400) as (g, host):
         sent = fill(g)
-        g.send(ACK, seq=g.snd_nxt - 1)
+        g.send(ACK | PSH, b"outside", seq=g.snd_nxt + 1_000_000)
         g.fence()
         assert read_exactly(host, sent) == b"f" * sent
         end = time.monotonic() + DEADLINE

@@ -1,0 +1,160 @@
+/* fast_turns.c - when many flows send at once: whose window is opened next.
+ *
+ * A guest with a thousand senders has a thousand windows to fill, which together are far more than the way to the host
+ * holds. What is sent then waits in the guest's own queue: its kernel measures round-trip times of tenths of a second, cuts
+ * its super-frames down to what a way that slow is worth (Linux: what the pacing rate sends in about 1 ms), and each of
+ * them costs nearly what one of 64 KiB does. Who gets how much is left to chance.
+ *
+ * So among CROWD senders a window that was used up is opened in turn: by QUANTUM, who waits longest first, while less than
+ * BUDGET is open in this way. That is what a millisecond or two take, so a sender whose turn it is sees a short way, and all
+ * get the same (round robin, a window as quantum). What came is acknowledged at once all the same, and no edge is taken back
+ * (RFC 9293 3.8.6). A turn that is not used within TURN_NS does not keep others waiting; that is far more than what is open
+ * takes when it is sent in pieces of 2 KiB, else there would be more and more open, and it never got better.
+ *
+ * The number of senders counts them by what they send, (sum x)^2 / sum x^2: one that sends beside a hundred that ask and
+ * answer is no crowd, and has its window for itself. That there are many is seen at once, that there are not only over an
+ * epoch: with windows of megabytes, one after another, few are seen at a time however many there are.
+ */
+#include "fast_up_internal.h"
+
+#define CROWD 32u
+#define QUANTUM (64u << 10)	/* bytes at least: a super-frame */
+#define BUDGET (2u << 20)	/* bytes */
+#define ONSET (1u << 20)	/* bytes that show a crowd */
+#define EPOCH (8u << 20)	/* bytes, and */
+#define EPOCH_NS 500000000ull	/* ns at least, that show that there is none */
+#define TURN_NS 50000000ull
+
+void fast_turns_init(struct fast_turns *t, uint32_t mtu)
+{
+	t->quantum = 2 * mtu < QUANTUM ? QUANTUM : 2 * mtu;
+	t->used_up = 2 * mtu < t->quantum / 2 ? 2 * mtu : t->quantum / 2; /* a segment at least: else nobody could send that */
+	t->open_first = t->open_last = t->wait_first = t->wait_last = t->now = NONE;
+}
+
+void fast_turns_close(struct fast_up *u, uint32_t i)
+{
+	struct fast_turns *t = &u->turns;
+	struct fast_turn *x = &u->flow[i].turn;
+
+	if (!x->open)
+		return;
+	t->open -= x->left;
+	x->open = 0;
+	*(x->prev == NONE ? &t->open_first : &u->flow[x->prev].turn.next) = x->next;
+	*(x->next == NONE ? &t->open_last : &u->flow[x->next].turn.prev) = x->prev;
+}
+
+static int many(const struct fast_turns *t)
+{
+	return t->sum * t->sum >= CROWD * t->squares;
+}
+
+static void set_crowded(struct fast_up *u, int on)
+{
+	u->turns.crowded = on;
+	atomic_store_explicit(&u->flows->crowd, on ? u->turns.quantum : 0, memory_order_relaxed); /* for egress */
+}
+
+/* Flow @i has sent up to @rcv_nxt: how many share the way, and what is left of its turn. */
+static void sent(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd)
+{
+	struct fast_turns *t = &u->turns;
+	struct fast_turn *x = &u->flow[i].turn;
+	uint32_t len = rcv_nxt - x->rcv_nxt;
+
+	x->rcv_nxt = rcv_nxt;
+	if (x->epoch != t->epoch) {
+		x->epoch = t->epoch;
+		x->sent = 0;
+	}
+	t->squares += (double)len * (2.0 * x->sent + len); /* (sent + len)^2 - sent^2 */
+	t->sum += len;
+	x->sent += len;
+	if (t->sum >= ONSET && !t->crowded && many(t))
+		set_crowded(u, 1);
+	if (t->sum >= EPOCH && u->s->now - t->began >= EPOCH_NS) {
+		if (t->crowded && !many(t))
+			set_crowded(u, 0);
+		t->sum = t->squares = 0;
+		t->began = u->s->now;
+		t->epoch++;
+	}
+	if (x->open && wnd < t->used_up) {
+		fast_turns_close(u, i);
+	} else if (x->open && wnd < x->left) {
+		t->open -= x->left - wnd;
+		x->left = wnd;
+	}
+}
+
+enum fast_turn_may fast_turns_may(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd)
+{
+	struct fast_turns *t = &u->turns;
+	struct fast_turn *x = &u->flow[i].turn;
+
+	sent(u, i, rcv_nxt, wnd);
+	if (!t->crowded)
+		return FAST_TURN_FREE;
+	if (u->flow[i].told_window)
+		return FAST_TURN_NOW; /* of its room the kernel tells once */
+	if (wnd >= t->used_up)
+		return FAST_TURN_LATER;
+	if (t->now != i && (t->wait_first != NONE || t->open + t->quantum > BUDGET)) {
+		if (!x->waits) {
+			x->waits = 1;
+			x->wait_next = NONE;
+			*(t->wait_last == NONE ? &t->wait_first : &u->flow[t->wait_last].turn.wait_next) = i;
+			t->wait_last = i;
+		}
+		return FAST_TURN_LATER;
+	}
+	return FAST_TURN_NOW;
+}
+
+void fast_turns_open(struct fast_up *u, uint32_t i, uint32_t wnd)
+{
+	struct fast_turns *t = &u->turns;
+	struct fast_turn *x = &u->flow[i].turn;
+
+	fast_turns_close(u, i);
+	x->open = 1;
+	x->left = wnd;
+	x->until = u->s->now + TURN_NS;
+	x->prev = t->open_last;
+	x->next = NONE;
+	*(t->open_last == NONE ? &t->open_first : &u->flow[t->open_last].turn.next) = i;
+	t->open_last = i;
+	t->open += wnd;
+	u->s->c[RN_C_tcp_turns]++;
+}
+
+uint32_t fast_turns_next(struct fast_up *u)
+{
+	struct fast_turns *t = &u->turns;
+
+	if (RN_LIKELY(t->wait_first == NONE))
+		return NONE;
+	while (t->open_first != NONE && u->s->now >= u->flow[t->open_first].turn.until)
+		fast_turns_close(u, t->open_first);
+	return t->crowded && t->open + t->quantum > BUDGET ? NONE : t->wait_first;
+}
+
+void fast_turns_done(struct fast_up *u)
+{
+	struct fast_turns *t = &u->turns;
+	struct fast_turn *x = &u->flow[t->wait_first].turn;
+
+	x->waits = 0;
+	t->wait_first = x->wait_next;
+	if (t->wait_first == NONE)
+		t->wait_last = NONE;
+}
+
+uint64_t fast_turns_deadline(const struct fast_up *u)
+{
+	const struct fast_turns *t = &u->turns;
+
+	/* The turn that ends next makes room for the next one, unless it is used before. */
+	return t->wait_first == NONE || t->open_first == NONE ? UINT64_MAX : u->flow[t->open_first].turn.until;
+}
