@@ -496,16 +496,20 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 	room = ff->sndbuf / 4 * 3; /* the rest is for the kernel's bookkeeping; what does not fit all the same is parked */
 	room = room > (uint32_t)out ? room - (uint32_t)out : 0;
 	/* The kernel, which counts its bookkeeping, told of room: a third of the buffer. It tells of the same room once more if
-	 * asked, and of more only when this was used. So the guest gets it, and nobody looks again until it did something. */
-	if (ff->told_window && room < ff->sndbuf / 4)
-		room = ff->sndbuf / 4;
+	 * asked, and of more only when this was used. So the guest gets it, and nobody looks again until it did something. A
+	 * socket with nothing in it takes a super-frame, however small its buffer still is; if it does not, the kernel makes that
+	 * larger. And less than two segments are no window (RFC 9293 3.8.6.2.1: the guest may wait for more). */
+	if (ff->told_window || !out) {
+		uint32_t least = ff->told_window ? ff->sndbuf / 4 : ff->tight ? 0 : u->turns.quantum;
+
+		least = least < 2u * mtu ? 2u * mtu : least;
+		room = room < least ? least : room;
+	}
 	if (room > limit)
 		room = limit;
-	scant = room < ff->sndbuf / 4 && room < limit;
-	/* A turn is not cut short: a socket with nothing in it takes a super-frame, however small its buffer still is. If it
-	 * does not, the kernel makes that larger. */
-	if (may == FAST_TURN_NOW && (room > u->turns.quantum || (!out && !ff->tight)))
-		room = u->turns.quantum < limit ? u->turns.quantum : limit;
+	scant = (room < ff->sndbuf / 4 || room < 2u * mtu) && room < limit;
+	if (may == FAST_TURN_NOW && room > u->turns.quantum)
+		room = u->turns.quantum;
 	edge = f->up.rcv_nxt + room;
 	if (SEQ_GT(edge, f->up.rcv_adv) && (edge - f->up.rcv_adv >= 2u * mtu || wnd < 4u * mtu)) {
 		RN_SHOW(f->up.rcv_adv, edge);

@@ -85,3 +85,28 @@ def test_all_of_each_arrives(attach: Callable[..., Attached], host_ns: Netns, gu
             for s in sockets:
                 s.close()
     assert got == {data(f)[:8]: hashlib.sha256(data(f) * (SIZE // BLOCK)).hexdigest() for f in range(FLOWS)}
+
+
+@pytest.mark.parametrize("promote", [0, 8])
+def test_a_segment_has_room_where_the_hosts_buffer_is_small(attach: Callable[..., Attached], host_ns: Netns, guest_ns: Netns,
+                                                            promote: int) -> None:
+    """A host socket on a link of 1500 begins with a send buffer of 46 KiB, less than a segment of the guest's. A window of that would
+    leave the guest to its persist timer (RFC 9293 3.8.6.1), 0.2 s each segment."""
+    host_ns.ip("link", "set", "lo", "mtu", "1500")
+    attach("--promote", str(promote), mtu=65520)
+    sent, got = data(0) * 64, bytearray()
+    with host_ns.listen(SERVER) as listener, guest_ns.socket() as guest:
+        guest.settimeout(DEADLINE)
+        guest.connect(listener.getsockname())
+        host, _ = listener.accept()
+        sender = threading.Thread(target=guest.sendall, args=(sent,), daemon=True)
+        sender.start()
+        with host:
+            while len(got) < len(sent):
+                assert (part := host.recv(1 << 18)), "the connection ended"
+                got += part
+        sender.join(DEADLINE)
+        info = guest.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+        limited_us = int.from_bytes(info[176:184], "little")  # tcpi_rwnd_limited
+    assert got == sent
+    assert limited_us < 32 * 200_000, "half of the segments waited for the persist timer"

@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import pytest
+
 from tests.harness import DEADLINE, Wire
-from tests.wire.guest_tcp import M32, GuestTcp, receive
+from tests.wire.guest_tcp import FIN, M32, GuestTcp, receive
 from tests.wire.test_promotion import settle
 from tests.wire.test_tcp import listener
 
@@ -22,9 +24,10 @@ FLOWS = 80  # more than have a turn at once: 64
 class Sender:
     """The guest's end of a flow that has always more to send than it may."""
 
-    def __init__(self, wire: Wire, port: int) -> None:
-        self.g = GuestTcp(wire.sock, port, mss=SEGMENT, wscale=None)
+    def __init__(self, wire: Wire, port: int, mss: int = SEGMENT, wscale: int | None = None) -> None:
+        self.g = GuestTcp(wire.sock, port, mss=mss, wscale=wscale)
         sa = self.g.connect()
+        self.mss, self.scale = mss, sa.wscale or 0
         self.edge = (self.g.snd_nxt + sa.wnd) & M32
         self.sent = hashlib.sha256()
 
@@ -34,7 +37,7 @@ class Sender:
         return (self.edge - self.g.snd_nxt) & M32
 
     def send(self, n: int) -> None:
-        block = (b"%08d" % n) * (SEGMENT // 8)
+        block = ((b"%08d" % n) * (self.mss // 8 + 1))[:self.mss]
         self.g.push(block)
         self.sent.update(block)
 
@@ -45,9 +48,19 @@ def read(wire: Wire, flows: dict[int, Sender], timeout: float) -> bool:
         return False
     f = flows.get(int.from_bytes(frame[36:38], "big"))
     if f is not None and (seg := f.g._mine(frame)) is not None:
-        edge = (seg.ack + seg.wnd) & M32
-        assert (edge - f.edge) & M32 < 1 << 31, "an edge went back (RFC 9293 3.8.6)"
-        f.edge = edge
+        edge = (seg.ack + (seg.wnd << f.scale)) & M32
+        # RFC 7323 2.4: what the scale cuts off may seem to be taken back.
+        assert (edge + (1 << f.scale) - 1 - f.edge) & M32 < 1 << 31, "an edge went back (RFC 9293 3.8.6)"
+        if (edge - f.edge) & M32 < 1 << 31:
+            f.edge = edge
+    return True
+
+
+def read_to(wire: Wire, f: Sender, room: int) -> bool:
+    """Until the window is open so far. False: nothing came that opened it."""
+    while f.room < room:
+        if not read(wire, {f.g.sport: f}, DEADLINE):
+            return False
     return True
 
 
@@ -100,5 +113,23 @@ def test_windows_are_opened_in_turn(make_wire: Callable[..., Wire]) -> None:
             while shut := [port for port, f in flows.items() if f.room < SEGMENT]:
                 assert read(wire, flows, DEADLINE), f"{len(shut)} windows stay closed"
             for f in flows.values():
-                f.g.push(b"", 1)
+                f.g.push(b"", FIN)
     assert [d.digest() for d in received] == [f.sent.digest() for f in flows.values()]
+
+
+@pytest.mark.parametrize("promote", [0, 8])
+@pytest.mark.parametrize("mtu", [1500, 9000, 65520])
+def test_a_segment_has_always_room_where_the_host_reads(make_wire: Callable[..., Wire], mtu: int, promote: int) -> None:
+    """From the handshake on, while it is promoted and after: whatever the host's send buffer is at first, a window of less than a segment
+    would leave the guest to its persist timer (RFC 9293 3.8.6.1)."""
+    wire = make_wire(promote=promote, mtu=mtu)
+    with contextlib.ExitStack() as stack:
+        srv = stack.enter_context(listener())
+        f = Sender(wire, srv.getsockname()[1], mss=mtu - 40, wscale=7)
+        host = stack.enter_context(srv.accept()[0])
+        with read_all([host]) as received:
+            for n in range(100):
+                assert read_to(wire, f, mtu - 40), f"{f.room} bytes of window before segment {n}"
+                f.send(n)
+            f.g.push(b"", FIN)
+    assert received[0].digest() == f.sent.digest()
