@@ -161,7 +161,7 @@ static int fresh(const struct egress *e, uint32_t i)
 	const struct egress_promote *cfg = promote_config(e);
 	const struct flow_priv *p = &e->priv[i];
 
-	return cfg && !p->is_unix && !(p->fast & FP_TX) && eg_flow((struct egress *)e, i)->up.packets < 4 * cfg->after;
+	return cfg && !p->is_unix && !(p->fast & FP_TX) && e->flows->flow[i].up.packets < 4 * cfg->after;
 }
 
 /**
