@@ -19,7 +19,7 @@ from e2e.dns_server import DnsServer, zone
 pytestmark = [pytest.mark.netns, pytest.mark.qemu, pytest.mark.xdist_group("qemu")]
 
 LONG = bool(os.environ.get("RINGNET_LONG"))
-SIZE = (64 if LONG else 8) << 20  # bytes of a file; TCG moves some 30 MB/s
+SIZE = (32 if LONG else 8) << 20  # bytes of a file, which half of the machine's memory must hold; TCG moves some 30 MB/s
 NAME = "files.test"
 DOWN, UP, FORWARDED, INSIDE = 8001, 8002, 8003, 80
 
