@@ -241,6 +241,7 @@ class Script:
         self.win, self.mss, self.wscale, self.peer_wscale = 65535, 1460, 7, 0
         self.agreed = False  # window scaling
         self.edge: int | None = None  # right edge of the gateway's window, relative
+        self.acked = 0  # highest that the gateway acknowledged, relative
         self.guest_edge = 0  # the guest's, relative
         self.own_mss = rule.mtu - 40  # what the gateway may be sent
         self.read_at = self.write_at = 1
@@ -353,7 +354,11 @@ class Script:
         assert seg.flags & FLAGS["ACK"], f"a segment without ACK: {seg}"
         assert self.ack(seg) <= self.snd_max, f"acknowledges what was never sent: {seg}"
         edge = self.ack(seg) + (seg.win << self.peer_wscale)
-        if self.edge is not None:  # rounding to the scale is no move (RFC 7323 2.4)
+        # Two stages write to the link once a flow is promoted: an older acknowledgement may come behind a newer one, and
+        # says nothing of the window then (RFC 9293 3.10.7.4).
+        old = not self.clock and self.ack(seg) < self.acked
+        self.acked = max(self.acked, self.ack(seg))
+        if self.edge is not None and not old:  # rounding to the scale is no move (RFC 7323 2.4)
             back = self.edge - edge
             assert back < 1 << self.peer_wscale, f"window shrinks by {back}: {seg} (RFC 9293 3.8.6)"
             moved = edge - self.edge
@@ -465,7 +470,7 @@ class Script:
         fresh = a.take("seq") if ("seq", "=", "new") in a.fields else None
         if fresh:
             assert a.flags & FLAGS["SYN"]
-            self.edge = None
+            self.edge, self.acked = None, 0
         end = time.monotonic() + DEADLINE
         while True:
             seg = self.receive(max(0.0, end - time.monotonic()) if after is None else 0)
