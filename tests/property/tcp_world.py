@@ -113,6 +113,7 @@ class GuestEnd:
     def __init__(self, world: World, plan: Plan, port: int, sport: int) -> None:
         self.world, self.plan, self.port, self.sport = world, plan, port, sport
         self.state = "closed"  # syn_sent, open, reset, refused
+        self.heard = False  # what ends the handshake came to egress whole: a segment behind the SYN, not a keepalive
         self.out = bytearray()  # all that was written so far
         self.fin_wanted = False
         self.una = self.nxt = self.max = plan.isn  # sequence numbers
@@ -647,6 +648,9 @@ class World:
             return
         e.put(frame)
         self.frames["to_egress"] += 1
+        end = self.by_port.get(int.from_bytes(frame[34:36], "big"))
+        if end is not None and frame[47] & ACK and diff(int.from_bytes(frame[38:42], "big"), end.plan.isn) > 0:
+            end.heard = True
 
     def _to_guest(self, frame: bytes) -> None:
         """A frame that survived the wire; a real stack's checks."""
@@ -781,7 +785,10 @@ class World:
             up, down = bytes(g.out), bytes(h.wrote + h.pending)
             self.must(up.startswith(h.got), g, "the host read what the guest did not write")
             self.must(down.startswith(g.got), g, "the guest read what the host did not write")
-            if end == "clean":
+            if end != "refused" and g.state == "reset" and not g.heard:
+                # Nothing ended the handshake in the 63 s in which its SYN-ACK is sent again: that both ends are told is right.
+                self.must(h.result in ("reset", "closed"), g, "the host was not told that the handshake had failed")
+            elif end == "clean":
                 self.must((g.state, h.result) == ("open", "eof"), g, "it ended otherwise than both ends wanted")
                 self.must(h.got == up and g.got == down, g, "not everything arrived")
             elif end == "refused":

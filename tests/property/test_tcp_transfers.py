@@ -44,8 +44,7 @@ def test_seeds_that_once_failed(seed: int) -> None:
     World(random_spec(seed)).run()
 
 
-# A third lost at most: of a worse wire a handshake may lose all its segments within the 63 s in which ours are sent again, and
-# that it then ends is right.
+# A third lost at most: of a worse wire everything that an end says in 63 s may be lost, and that a connection then ends is right.
 _LOST_AT_MOST = 0.35
 _probability = st.sampled_from([0.0, 0.0, 0.02, 0.1, 0.25])
 _impairments = st.builds(
