@@ -55,6 +55,10 @@ class Shell:
         assert not ok or end[1] == b"0", f"{command}: {end[1]!r}\n{out!r}\n{self.errors.read_text()}"
         return out[:end.start()].decode().strip("\n")
 
+    def start(self, command: str, said: Path | None = None) -> None:
+        """In the background, as `command &`: what it says goes to @said, as between another's lines it would hide their end."""
+        self.run(f"{command.removesuffix('&')} >> {said or self.served} 2>&1 &")
+
     def wait_for_text(self, text: str) -> None:
         """Until the served command's output has it: it says so once it can be connected to."""
         self.run(f"timeout {DEADLINE:.0f} sh -c \"until grep -q '{text}' {self.served}; do sleep 0.1; done\"")

@@ -48,6 +48,7 @@ def test_the_document(host_ns: Netns, tmp_path: Path) -> None:
     shell = Shell(host_ns, tmp_path)
     ran, called = 0, set()
     held: list[socket.socket] = []
+    events = tmp_path / "events"
     try:
         for kind, lines in blocks(DOCUMENT):
             if kind == "json":
@@ -69,15 +70,17 @@ def test_the_document(host_ns: Netns, tmp_path: Path) -> None:
             for command, output in commands(lines):
                 ran += 1
                 if command.startswith("ringnet run "):
-                    shell.run(f"{command.removesuffix('&')} > {shell.served} 2>&1 &")
+                    shell.start(command)
                     shell.wait_for_text("Serving HTTP")
+                    continue
+                if command.startswith("ringnet ctl events"):
+                    shell.start(command, events)
+                    while shell.jobs() > 1:  # the session's stays; the events' end once something happened
+                        shell.run("ringnet ctl forward add 7777 --owner probe; ringnet ctl forward rm --owner probe")
                     continue
                 said = shell.run(command)
                 if output:
                     assert said.splitlines() == output, command
-                if command.startswith("ringnet ctl events") and command.endswith("&"):
-                    while shell.jobs() > 1:  # the session's stays; the events' end once something happened
-                        shell.run("ringnet ctl forward add 7777 --owner probe; ringnet ctl forward rm --owner probe")
                 if command.endswith("forward add 8080:80"):  # two flows: 0.1 and 1.1
                     for _ in range(2):
                         held.append(connection := host_ns.socket())
@@ -87,6 +90,8 @@ def test_the_document(host_ns: Netns, tmp_path: Path) -> None:
         shell.run("wait", ok=False)
         assert "cancelled through the control API" in shell.served.read_text()
         assert list((tmp_path / "run").iterdir()) == []
+        text, line = events.read_text().splitlines()  # one of each command
+        assert "7777" in text and json.loads(line)["forward"]["owner"] == "probe"
     finally:
         for connection in held:
             connection.close()

@@ -43,7 +43,7 @@ def test_forwards(shell: Shell, host_ns: Netns) -> None:
     assert typed[0].endswith(" &") and any(c.startswith("curl") for c in typed)
     for command in typed:
         if command.endswith(" &"):
-            shell.run(f"{command.removesuffix(' &')} > {shell.served} 2>&1 &")
+            shell.start(command)
             shell.wait_for_text("Serving HTTP")
         elif command.startswith("curl"):
             assert "<title>Directory listing" in shell.run(command)
@@ -73,7 +73,7 @@ def test_proxy(shell: Shell, host_ns: Netns, nginx, dns_upstream: Callable[..., 
 def test_policy(shell: Shell) -> None:
     for command in console("policy.md"):
         if command.endswith(" &"):
-            shell.run(f"{command.removesuffix(' &')} > {shell.served} 2>&1 &")
+            shell.start(command)
             shell.wait_for_text("Serving HTTP")
             continue
         said = shell.run(command)
