@@ -13,7 +13,8 @@
  *
  * The number of senders counts them by what they send, (sum x)^2 / sum x^2: one that sends beside a hundred that ask and
  * answer is no crowd, and has its window for itself. That there are many is seen at once, that there are not only over an
- * epoch: with windows of megabytes, one after another, few are seen at a time however many there are.
+ * epoch: with windows of megabytes, one after another, few are seen at a time however many there are. An epoch ends with
+ * time as well: what other stages do because of a crowd (tcp_up.c) must not last when nothing more is sent here.
  */
 #include "fast_up_internal.h"
 
@@ -23,13 +24,26 @@
 #define ONSET (1u << 20)	/* bytes that show a crowd */
 #define EPOCH (8u << 20)	/* bytes, and */
 #define EPOCH_NS 500000000ull	/* ns at least, that show that there is none */
+#define EPOCH_MAX_NS 2000000000ull /* less than ONSET in that time is no crowd */
 #define TURN_NS 50000000ull
 
-void fast_turns_init(struct fast_turns *t, uint32_t mtu)
+static void set_crowded(struct fast_up *u, int on)
 {
+	u->turns.crowded = on;
+	u->s->c[RN_C_now_tcp_crowded] = (uint64_t)on;
+	/* relaxed: egress's tcp_update_window() guesses with it */
+	atomic_store_explicit(&u->flows->crowd, on ? u->turns.quantum : 0, memory_order_relaxed);
+}
+
+void fast_turns_init(struct fast_up *u)
+{
+	struct fast_turns *t = &u->turns;
+	uint32_t mtu = u->cfg.parse.mtu;
+
 	t->quantum = 2 * mtu < QUANTUM ? QUANTUM : 2 * mtu;
 	t->used_up = 2 * mtu < t->quantum / 2 ? 2 * mtu : t->quantum / 2; /* a segment at least: else nobody could send that */
 	t->open_first = t->open_last = t->wait_first = t->wait_last = t->now = NONE;
+	set_crowded(u, 0); /* as it may be what a predecessor found */
 }
 
 void fast_turns_close(struct fast_up *u, uint32_t i)
@@ -50,10 +64,21 @@ static int many(const struct fast_turns *t)
 	return t->sum * t->sum >= CROWD * t->squares;
 }
 
-static void set_crowded(struct fast_up *u, int on)
+static void end_epoch(struct fast_up *u)
 {
-	u->turns.crowded = on;
-	atomic_store_explicit(&u->flows->crowd, on ? u->turns.quantum : 0, memory_order_relaxed); /* for egress */
+	struct fast_turns *t = &u->turns;
+
+	if (t->crowded && (t->sum < ONSET || !many(t)))
+		set_crowded(u, 0);
+	t->sum = t->squares = 0;
+	t->began = u->s->now;
+	t->epoch++;
+}
+
+void fast_turns_start(struct fast_up *u, uint32_t i, uint32_t rcv_nxt)
+{
+	u->flow[i].turn.rcv_nxt = rcv_nxt;
+	u->flow[i].turn.epoch = u->turns.epoch - 1; /* nothing in this one: the entry may have been another flow's */
 }
 
 /* Flow @i has sent up to @rcv_nxt: how many share the way, and what is left of its turn. */
@@ -63,6 +88,8 @@ static void sent(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd)
 	struct fast_turn *x = &u->flow[i].turn;
 	uint32_t len = rcv_nxt - x->rcv_nxt;
 
+	if (RN_UNLIKELY(u->s->now - t->began >= EPOCH_MAX_NS))
+		end_epoch(u); /* many that send a little, for hours, are no crowd */
 	x->rcv_nxt = rcv_nxt;
 	if (x->epoch != t->epoch) {
 		x->epoch = t->epoch;
@@ -73,13 +100,8 @@ static void sent(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd)
 	x->sent += len;
 	if (t->sum >= ONSET && !t->crowded && many(t))
 		set_crowded(u, 1);
-	if (t->sum >= EPOCH && u->s->now - t->began >= EPOCH_NS) {
-		if (t->crowded && !many(t))
-			set_crowded(u, 0);
-		t->sum = t->squares = 0;
-		t->began = u->s->now;
-		t->epoch++;
-	}
+	if (t->sum >= EPOCH && u->s->now - t->began >= EPOCH_NS)
+		end_epoch(u);
 	if (x->open && wnd < t->used_up) {
 		fast_turns_close(u, i);
 	} else if (x->open && wnd < x->left) {
@@ -133,6 +155,8 @@ uint32_t fast_turns_next(struct fast_up *u)
 {
 	struct fast_turns *t = &u->turns;
 
+	if (RN_UNLIKELY(t->crowded && u->s->now - t->began >= EPOCH_MAX_NS))
+		end_epoch(u);
 	if (RN_LIKELY(t->wait_first == NONE))
 		return NONE;
 	while (t->open_first != NONE && u->s->now >= u->flow[t->open_first].turn.until)
@@ -154,7 +178,10 @@ void fast_turns_done(struct fast_up *u)
 uint64_t fast_turns_deadline(const struct fast_up *u)
 {
 	const struct fast_turns *t = &u->turns;
+	uint64_t at = t->crowded ? t->began + EPOCH_MAX_NS : UINT64_MAX;
 
 	/* The turn that ends next makes room for the next one, unless it is used before. */
-	return t->wait_first == NONE || t->open_first == NONE ? UINT64_MAX : u->flow[t->open_first].turn.until;
+	if (t->wait_first != NONE && t->open_first != NONE && u->flow[t->open_first].turn.until < at)
+		at = u->flow[t->open_first].turn.until;
+	return at;
 }

@@ -81,8 +81,7 @@ struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void
 	u->flow = calloc(u->nflows, sizeof(*u->flow));
 	u->hash = calloc(nhash, sizeof(*u->hash)); /* index + 1: untouched pages stay untouched */
 	u->udp = fast_udp_new();
-	fast_turns_init(&u->turns, cfg->parse.mtu);
-	atomic_store_explicit(&u->flows->crowd, 0, memory_order_relaxed); /* a predecessor's guess, for egress */
+	fast_turns_init(u);
 	if (!u->flow || !u->hash || !u->udp || rn_flows_size(u->nflows) > flows_size) {
 		fast_up_free(u);
 		return NULL;
@@ -191,7 +190,7 @@ static void take_in(struct fast_up *u, const struct rn_pass *p, int fd)
 	ff->misses = 0;
 	ff->sndbuf = 0;
 	ff->tight = 0;
-	ff->turn.rcv_nxt = RN_LOOK(f->up.rcv_nxt);
+	fast_turns_start(u, p->index, RN_LOOK(f->up.rcv_nxt));
 	ff->df = p->df;
 	ff->slow = 0;
 	ff->to = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons(p->peer_port) };

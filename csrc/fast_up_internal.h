@@ -89,7 +89,8 @@ enum fast_turn_may {
 	FAST_TURN_NOW,	 /* by fast_turns.quantum at most, then fast_turns_open() */
 	FAST_TURN_LATER, /* not now: enough is open, or its turn comes (fast_turns_next()) */
 };
-void fast_turns_init(struct fast_turns *t, uint32_t mtu);
+void fast_turns_init(struct fast_up *u);
+void fast_turns_start(struct fast_up *u, uint32_t i, uint32_t rcv_nxt); /* flow @i is here, and has sent up to there */
 /* How far may the window of flow @i be opened? It is @wnd bytes now, and @rcv_nxt what came in order. */
 enum fast_turn_may fast_turns_may(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd);
 void fast_turns_open(struct fast_up *u, uint32_t i, uint32_t wnd);

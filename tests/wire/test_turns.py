@@ -112,11 +112,17 @@ def test_windows_are_opened_in_turn(make_wire: Callable[..., Wire]) -> None:
                         f.send(rounds)
                 while read(wire, flows, 0):
                     pass
+            assert wire.counters("guest_tx")["now_tcp_crowded"] == 1
             # Whoever waits gets its turn: with nothing more from the guest, every window opens.
             while shut := [port for port, f in flows.items() if f.room < SEGMENT]:
                 assert read(wire, flows, DEADLINE), f"{len(shut)} windows stay closed"
             for f in flows.values():
                 f.g.push(b"", FIN)
+            # The crowd is over without a byte more: the windows that egress offers are cut as long as it is not.
+            end = time.monotonic() + DEADLINE
+            while wire.counters("guest_tx")["now_tcp_crowded"]:
+                assert time.monotonic() < end, "nobody sends, and it still is a crowd"
+                read(wire, flows, 0.1)
     assert [d.digest() for d in received] == [f.sent.digest() for f in flows.values()]
 
 
