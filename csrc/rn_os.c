@@ -68,9 +68,13 @@ int rn_os_set_name(const char *name)
 	return ret(prctl(PR_SET_NAME, name, 0, 0, 0));
 }
 
-int rn_os_subreaper(void)
+int rn_os_subreaper(int on)
 {
-	return ret(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0));
+	int was = 0;
+
+	if (prctl(PR_GET_CHILD_SUBREAPER, &was, 0, 0, 0) < 0 || prctl(PR_SET_CHILD_SUBREAPER, (unsigned long)!!on, 0, 0, 0) < 0)
+		return -errno;
+	return !!was;
 }
 
 int rn_os_drop_caps(void)

@@ -25,7 +25,7 @@ int rn_os_ns_owner(int fd);
 int rn_os_pdeathsig(int sig);	      /* prctl(2): @sig when the thread that forked us ends */
 int rn_os_no_new_privs(void);	      /* prctl(2) */
 int rn_os_set_name(const char *name); /* prctl(2): 15 bytes count; what ps and top show */
-int rn_os_subreaper(void);	      /* prctl(2): orphans below us become our children */
+int rn_os_subreaper(int on);	      /* prctl(2): orphans below us become our children; before: 0 or 1 */
 /* Empty effective, permitted, inheritable, ambient and bounding sets: capabilities(7). */
 int rn_os_drop_caps(void);
 

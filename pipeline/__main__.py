@@ -19,6 +19,10 @@ def main() -> int:
             return int(alone(*args, **options))  # type: ignore[arg-type]
 
         return by_hand(sys.argv[2:], stage, replay)
+    if sys.argv[1:2] == ["zygote"]:
+        from pipeline.zygote import main as zygote
+
+        return zygote(sys.argv[2:])
     from pipeline.cli import main as command
 
     return command(sys.argv[1:])

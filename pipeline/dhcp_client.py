@@ -10,7 +10,7 @@ packet(7) for the socket: there is no address yet to bind a UDP socket to.
 from __future__ import annotations
 
 import ipaddress
-import secrets
+import os
 import select
 import socket
 import struct
@@ -168,7 +168,7 @@ def ask(ifname: str, *, seconds: float = 15.0) -> Lease:
             return None
 
         while True:
-            xid = secrets.randbits(32)
+            xid = int.from_bytes(os.urandom(4))
             offer = exchange(DISCOVER, xid, bytes((80, 0)), (OFFER, ACK), end)  # 80: rapid commit (RFC 4039)
             if offer is None:
                 raise DhcpError(f"DHCP: no offer on {ifname} within {seconds:g} s")

@@ -4,7 +4,7 @@ One message a packet over an AF_UNIX SOCK_SEQPACKET pair per stage: msgpack of a
 beside it by SCM_RIGHTS in the order the message names them (unix(7), cmsg(3)).
 
     supervisor                                     stage                       state seen by the supervisor
-        |  fork, exec                                |                         spawned
+        |  zygote (a successor: fork, exec)          |                         spawned
         |<------------------------- Hello(version) --|                         greeted
         |-- Configure(grants, stage config) + fds -->|  map, acquire(),        configured
         |                                            |  drop rights

@@ -528,7 +528,7 @@ def _init(line: Line, argv: list[str], ignored: frozenset[signal.Signals], tty: 
     One wait for three things: signals come through a wake-up pipe, the supervisor's words and its end by socket.
     """
     if not contained:
-        lib.rn_os_subreaper()
+        lib.rn_os_subreaper(1)
     r, w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(w)

@@ -18,7 +18,6 @@ and after a comma, any of:
 """
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import re
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -202,9 +201,15 @@ def parse_route(text: str) -> Route:
         raise Nic2SyntaxError(f"{text}: {via or 'nothing'} is not an IPv4 address") from None
 
 
+def _digest(text: str) -> bytes:
+    import hashlib  # here: it maps OpenSSL, 3 MiB, and most sessions have one NIC
+
+    return hashlib.sha256(text.encode()).digest()
+
+
 def generated_mac(*parts: str) -> str:
     """A locally administered address (IEEE 802 8.2) that is the same whenever the parts are."""
-    digest = hashlib.sha256("\0".join(("ringnet nic2", *parts)).encode()).digest()
+    digest = _digest("\0".join(("ringnet nic2", *parts)))
     return bytes([digest[0] & 0xFC | 0x02, *digest[1:6]]).hex(":")
 
 
@@ -212,7 +217,7 @@ def guest_address(host: IPv4Interface, mac: str, taken: set[IPv4Address]) -> IPv
     """The guest's address in a network: the same for a MAC address as long as nobody else has it. None: all taken."""
     net = host.network
     size = net.num_addresses - 2
-    start = int.from_bytes(hashlib.sha256(mac.encode()).digest()[:4]) % size
+    start = int.from_bytes(_digest(mac)[:4]) % size
     for n in range(size):
         found = net.network_address + 1 + (start + n) % size
         if found != host.ip and found not in taken:

@@ -7,6 +7,7 @@ descriptor, the target process, a stage. The child never outlives this process.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -101,6 +102,7 @@ class Guest:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sys.stdout.flush()
         sys.stderr.flush()
+        gc.freeze()  # a collection here would touch, and so copy, what the child shares with us: some MiB
         self.pid = os.fork()
         if self.pid == 0:
             self._child(body, ours, theirs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import socket
 import stat
 import time
@@ -128,7 +127,7 @@ class Listening:
 
     def _put(self, path: Path, option: str) -> Path:
         """Bind beside the name, listen, then give it the name: who sees the name can connect."""
-        draft = path.with_name(f"{_DRAFT}{secrets.token_hex(4)}{SUFFIX}")
+        draft = path.with_name(f"{_DRAFT}{os.urandom(4).hex()}{SUFFIX}")
         if max(len(os.fsencode(path)), len(os.fsencode(draft))) > PATH_MAX:
             raise SessionDirError(f"{option} {path}: {len(os.fsencode(path))} bytes; a socket's path has at most"
                                   f" {PATH_MAX}")

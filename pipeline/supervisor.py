@@ -13,14 +13,15 @@ Cancel: one stage after the other, sources first, each drained within a deadline
 """
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
-import secrets
 import select
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -194,7 +195,7 @@ class Child:
         self.state = State.SPAWNED
         self.generation = 1
         self.pid = 0  # of the last process
-        self.popen: subprocess.Popen[bytes] | None = None  # None: started by hand
+        self.ours = False  # a child process of ours; else it was started by hand
         self.pidfd = -1
         self.channel: Channel | None = None
         self.said: Ended | Failed | None = None
@@ -220,7 +221,7 @@ class Memory:
             self.session = self._keep(CellTable.create(len(topo.stages)))
             self.arena = self._keep(Arena.create([(s.small, s.large) for s in topo.stages]))
             self.arena.detach()  # frames are none of the supervisor's business
-            self.flows = self._keep(Flows.create(topo.flows, (secrets.randbits(64), secrets.randbits(64))))
+            self.flows = self._keep(Flows.create(topo.flows, struct.unpack("QQ", os.urandom(16))))
             self.names = self._keep(Names.create())
             for ring in topo.rings:
                 self.rings[ring.name] = self._keep(Ring.create(ring.slots, name=f"ring {ring.name}"))
@@ -520,11 +521,11 @@ class Session:
             self._failure = (code, reason)
 
     def _reap(self, child: Child) -> None:
-        if child.popen is not None:
-            pid, status, usage = os.wait4(child.popen.pid, os.WNOHANG)
+        if child.ours:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid == 0:
                 return
-            child.status = child.popen.returncode = os.waitstatus_to_exitcode(status)
+            child.status = os.waitstatus_to_exitcode(status)
             child.cpu_s += usage.ru_utime + usage.ru_stime
         else:  # started by hand: not our child, its pidfd tells no more than its end
             child.status = None
@@ -602,7 +603,7 @@ class Session:
 
     def seat(self, child: Child, ours: socket.socket, pid: int, pidfd: int) -> None:
         """A process that is there already becomes a stage's successor."""
-        child.popen = None
+        child.ours = False
         self._watch_child(child, ours, pid, pidfd)
         self._changed(child)
 
@@ -816,9 +817,8 @@ class Session:
             for child in self.children:
                 if child not in sinks_first:
                     child.generation, child.state = 0, State.VACANT
-            for child in sinks_first:
-                self._spawn(child)
             d = self.deadlines
+            self._spawn_all(sinks_first)
             self._until(State.GREETED, d.hello, "Hello", sinks_first)
             dns_path = self._dns.getsockname()[1:].decode() if self._dns else ""
             try:
@@ -1021,30 +1021,89 @@ class Session:
             return -1
         return raw.detach()
 
-    def _spawn(self, child: Child) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _run_stage_process(self, words: list[str], fds: list[int], level: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+        """`python -m pipeline WORDS`, with these descriptors. Raises OSError."""
         root = str(Path(__file__).resolve().parent.parent)
         path = os.environ.get("PYTHONPATH")
-        levels = self.settings.log_levels()
         env = dict(os.environ, PYTHONPATH=f"{root}{os.pathsep}{path}" if path else root)
-        env |= {logs.FORMAT_VARIABLE: self.settings.log_format, logs.SESSION_VARIABLE: self.name,
-                logs.LEVEL_VARIABLE: levels.get(child.decl.name, levels[""])}
+        env |= {logs.FORMAT_VARIABLE: self.settings.log_format, logs.SESSION_VARIABLE: self.name, logs.LEVEL_VARIABLE: level}
         # -P: the current directory must not shadow our packages. stdout is the guest command's.
-        argv = [sys.executable, "-P", "-m", "pipeline", "stage", child.decl.name, "--control-fd", str(theirs.fileno())]
+        return subprocess.Popen([sys.executable, "-P", "-m", "pipeline", *words], stdin=subprocess.DEVNULL, stdout=stdout,
+                                env=env, pass_fds=fds)
+
+    def _log_level(self, child: Child) -> str:
+        levels = self.settings.log_levels()
+        return levels.get(child.decl.name, levels[""])
+
+    def _spawn(self, child: Child) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                child.popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env,
-                                               pass_fds=(theirs.fileno(),))
+                process = self._run_stage_process(["stage", child.decl.name, "--control-fd", str(theirs.fileno())],
+                                                  [theirs.fileno()], self._log_level(child))
             except OSError as e:
                 ours.close()
                 raise SessionError(Exit.RUNTIME, f"cannot start stage {child.decl.name}: {e.strerror}") from e
+        self._begun(child, ours, process.pid)
+        process.returncode = 0  # _reap() waits for it
+
+    def _spawn_all(self, children: list[Child]) -> None:
+        """The first processes, as copies of one (pipeline/zygote.py). Raises SessionError."""
+        was = lib.rn_os_subreaper(1)
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
+            if was == 0:
+                undo.callback(lib.rn_os_subreaper, 0)
+            control, words, fds = {}, ["zygote", str(os.getpid())], []
+            for child in children:
+                ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                control[child.decl.name] = undo.enter_context(ours)
+                fds.append(theirs.enter_context(end).fileno())
+                words.append(f"{child.decl.name}:{end.fileno()}:{self._log_level(child)}")
+            try:
+                process = self._run_stage_process(words, fds, "warning", subprocess.PIPE)
+            except OSError as e:
+                raise SessionError(Exit.RUNTIME, f"cannot start the stages: {e.strerror}") from e
+            with process:
+                theirs.close()
+                self._wait_process(process)
+                said, status = process.stdout.read().decode().strip(), process.wait()  # type: ignore[union-attr]
+            if status != 0:
+                if self._request:  # a SIGTERM to the whole process group
+                    raise SessionError(*self._request)
+                raise SessionError(Exit.NOT_READY, f"the stages did not start: {said or describe_status(status)}")
+            for child, pid in zip(children, map(int, said.split()), strict=True):
+                self._begun(child, control.pop(child.decl.name), pid)
+            undo.pop_all()
+            lib.rn_os_subreaper(was)
+
+    def _wait_process(self, process: subprocess.Popen[bytes]) -> None:
+        """Until it has ended. Raises SessionError; then it is killed."""
+        deadline, pidfd, ended = time.monotonic() + self.deadlines.hello, os.pidfd_open(process.pid), []
+        self.watch(pidfd, lambda: (self.unwatch(pidfd), ended.append(True)))
+        try:
+            while not ended:
+                if stop := self._failure or self._request:
+                    raise SessionError(*stop)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise SessionError(Exit.NOT_READY, f"the stages did not start within {self.deadlines.hello:g} s")
+                self._step(left)
+        finally:
+            if not ended:
+                self.unwatch(pidfd)
+                process.kill()
+            os.close(pidfd)
+
+    def _begun(self, child: Child, ours: socket.socket, pid: int) -> None:
+        """A stage's process is there, a child of ours."""
+        child.ours = True
         placement = self.settings.placement()
         if (cpus := placement.get(child.decl.name, placement.get(""))) is not None:
             try:
-                os.sched_setaffinity(child.popen.pid, cpus)
+                os.sched_setaffinity(pid, cpus)
             except ProcessLookupError:
                 pass  # it ended already; its pidfd tells
-        self._watch_child(child, ours, child.popen.pid, os.pidfd_open(child.popen.pid))
+        self._watch_child(child, ours, pid, os.pidfd_open(pid))
 
     def _watch_child(self, child: Child, ours: socket.socket, pid: int, pidfd: int) -> None:
         child.state, child.said, child.status, child.hung = State.SPAWNED, None, None, ""

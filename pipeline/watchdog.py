@@ -113,7 +113,7 @@ class Watchdog:
 
     def _look(self, child: Child, now: float, asleep_ourselves: bool) -> None:
         name, seen = child.decl.name, self._seen.get(child.decl.name)
-        if child.popen is None or not self._session.serves(child):
+        if not child.ours or not self._session.serves(child):
             self._seen.pop(name, None)
             return
         assert self._session.memory is not None

@@ -24,7 +24,7 @@ import pytest
 from pipeline.topology import TOPOLOGY
 
 REPO = Path(__file__).resolve().parent.parent
-ALONE = frozenset({"replay", "host_script"})  # one stage in one process: knows control, and loads a stage file by name
+ALONE = frozenset({"replay", "host_script", "zygote"})  # one stage in one process: knows control, and loads a stage file by name
 STAGES = frozenset(s.name for s in TOPOLOGY.stages)
 DECLARATIONS = frozenset({"topology", "units", "config", "messages", "forwards", "api", "text", "proxies", "policy", "nic2", "pcapng",
                           "vm_types", "host_names"})

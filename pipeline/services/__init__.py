@@ -15,7 +15,6 @@ import ipaddress
 import logging
 import os
 import resource
-import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -119,7 +118,7 @@ class Services:
         self.stage = stage
         self.loop = loop
         self.count = counter_sink(stage)
-        conf = ffi.new("struct services_config *", {"mtu": cfg.mtu, "seed": secrets.randbits(16) if seed is None else seed & 0xFFFF})
+        conf = ffi.new("struct services_config *", {"mtu": cfg.mtu, "seed": int.from_bytes(os.urandom(2)) if seed is None else seed & 0xFFFF})
         if lib.stage_services_init(stage, conf) < 0:
             raise StageError(ffi.string(lib.rn_stage_error(stage)).decode())
         self._mac = bytes.fromhex(cfg.gateway_mac.replace(":", ""))

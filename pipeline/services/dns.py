@@ -27,7 +27,7 @@ queries at a time and 30 s idle; one reply a query, so no zone transfer.
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import socket
 import struct
 from collections import OrderedDict
@@ -220,7 +220,7 @@ class DnsForwarder:
     never blocks."""
 
     def __init__(self, loop: Loop, hosts: HostsTable, *, count: Callable[[str], None] = no_count,
-                 limits: Limits = Limits(), random_id: Callable[[], int] = lambda: secrets.randbelow(65536),
+                 limits: Limits = Limits(), random_id: Callable[[], int] = lambda: int.from_bytes(os.urandom(2)),
                  learn: Learn | None = None) -> None:
         self._loop = loop
         self._hosts = hosts

@@ -343,8 +343,8 @@ def test_a_configuration_a_stage_refuses_names_stage_and_field(ends: GuestEnd, n
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_that_dies_in_start_up(ends: GuestEnd, name: str, nothing_left: None) -> None:
     class Killing(Session):
-        def _spawn(self, child: Child) -> None:
-            super()._spawn(child)
+        def _begun(self, child: Child, *args: Any) -> None:
+            super()._begun(child, *args)
             if child.decl.name == name:
                 os.kill(child.pid, signal.SIGKILL)
 
@@ -357,7 +357,7 @@ def test_a_stage_that_dies_in_start_up(ends: GuestEnd, name: str, nothing_left: 
 
 
 @pytest.mark.parametrize(("deadlines", "says"), [
-    ({"hello": 0.0}, r"no Hello within 0 s"), ({"ready": 0.0}, r"no Ready within 0 s"),
+    ({"hello": 0.0}, r"the stages did not start within 0 s"), ({"ready": 0.0}, r"no Ready within 0 s"),
     ({"running": 0.0}, r"stage guest_rx: no Running within 0 s"),
 ], ids=["hello", "ready", "running"])
 def test_a_stage_that_is_late(ends: GuestEnd, deadlines: dict[str, float], says: str, nothing_left: None) -> None:

@@ -32,7 +32,7 @@ class Session:
     """One stage, a process of ours that does what the test wants."""
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-        self.stage = SimpleNamespace(decl=SimpleNamespace(name="classify"), popen=popen, pid=popen.pid, row=0, pongs=0, hung="",
+        self.stage = SimpleNamespace(decl=SimpleNamespace(name="classify"), ours=True, pid=popen.pid, row=0, pongs=0, hung="",
                                      alive=True)
         self.children = [self.stage]
         self.memory = SimpleNamespace(session=SimpleNamespace(cell=lambda row: SimpleNamespace(heartbeat_ns=self.beat)))
@@ -156,7 +156,7 @@ def test_one_in_the_debugger_is_let_be(world: World) -> None:
 
 
 def test_one_that_was_started_by_hand_is_let_be(world: World) -> None:
-    world.session.stage.popen = None
+    world.session.stage.ours = False
     world.looks(5 * LOOKS)
     assert not world.session.signals and not world.session.pings
 
