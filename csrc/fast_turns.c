@@ -5,22 +5,24 @@
  * its super-frames down to what a way that slow is worth (Linux: what the pacing rate sends in about 1 ms), and each of
  * them costs nearly what one of 64 KiB does. Who gets how much is left to chance.
  *
- * So among CROWD senders a window that was used up is opened in turn: by QUANTUM, who waits longest first, while less than
- * BUDGET is open in this way. That is what a millisecond or two take, so a sender whose turn it is sees a short way, and all
- * get the same (round robin, a window as quantum). What came is acknowledged at once all the same, and no edge is taken back
- * (RFC 9293 3.8.6). A turn that is not used within TURN_NS does not keep others waiting; that is far more than what is open
- * takes when it is sent in pieces of 2 KiB, else there would be more and more open, and it never got better.
+ * So among RN_CROWD senders a window that was used up is opened in turn: who waits longest first, while less than
+ * RN_CROWD_OPEN is open in this way. That is what a millisecond or two take, so a sender whose turn it is sees a short way, and
+ * all get the same (round robin, bytes of window as quantum). A turn is QUANTA times a window of QUANTUM, each opened by the
+ * acknowledgement of what used up the one before: a super-frame and an ACK each, and one ACK more for the first. What came is
+ * acknowledged at once all the same, and no edge is taken back (RFC 9293 3.8.6). A turn that is not used within TURN_NS does
+ * not keep others waiting; that is far more than what is open takes when it is sent in pieces of 2 KiB, else there would be
+ * more and more open, and it never got better.
  *
  * The number of senders counts them by what they send, (sum x)^2 / sum x^2: one that sends beside a hundred that ask and
- * answer is no crowd, and has its window for itself. That there are many is seen at once, that there are not only over an
- * epoch: with windows of megabytes, one after another, few are seen at a time however many there are. An epoch ends with
- * time as well: what other stages do because of a crowd (tcp_up.c) must not last when nothing more is sent here.
+ * answer is no crowd, and has its window for itself once it has sent a QUANTUM; until then it could be one of many that
+ * begin at once. That there are many is seen at once, that there are not only over an epoch: with windows of megabytes, one
+ * after another, few are seen at a time however many there are. An epoch ends with time as well: what other stages do because
+ * of a crowd (tcp_up.c) must not last when nothing more is sent here.
  */
 #include "fast_up_internal.h"
 
-#define CROWD 32u
 #define QUANTUM (64u << 10)	/* bytes at least: a super-frame */
-#define BUDGET (2u << 20)	/* bytes */
+#define QUANTA 4u		/* a turn */
 #define ONSET (1u << 20)	/* bytes that show a crowd */
 #define EPOCH (8u << 20)	/* bytes, and */
 #define EPOCH_NS 500000000ull	/* ns at least, that show that there is none */
@@ -61,7 +63,7 @@ void fast_turns_close(struct fast_up *u, uint32_t i)
 
 static int many(const struct fast_turns *t)
 {
-	return t->sum * t->sum >= CROWD * t->squares;
+	return t->sum * t->sum >= RN_CROWD * t->squares;
 }
 
 static void end_epoch(struct fast_up *u)
@@ -102,7 +104,7 @@ static void sent(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd)
 		set_crowded(u, 1);
 	if (t->sum >= EPOCH && u->s->now - t->began >= EPOCH_NS)
 		end_epoch(u);
-	if (x->open && wnd < t->used_up) {
+	if (x->open && wnd < t->used_up && !x->credit) {
 		fast_turns_close(u, i);
 	} else if (x->open && wnd < x->left) {
 		t->open -= x->left - wnd;
@@ -116,13 +118,15 @@ enum fast_turn_may fast_turns_may(struct fast_up *u, uint32_t i, uint32_t rcv_nx
 	struct fast_turn *x = &u->flow[i].turn;
 
 	sent(u, i, rcv_nxt, wnd);
-	if (!t->crowded)
+	if (!t->crowded && (u->n < RN_CROWD || x->sent >= t->quantum))
 		return FAST_TURN_FREE;
 	if (u->flow[i].told_window)
 		return FAST_TURN_NOW; /* of its room the kernel tells once */
 	if (wnd >= t->used_up)
 		return FAST_TURN_LATER;
-	if (t->now != i && (t->wait_first != NONE || t->open + t->quantum > BUDGET)) {
+	if (x->open && x->credit)
+		return FAST_TURN_NOW;
+	if (t->now != i && (t->wait_first != NONE || t->open + t->quantum > RN_CROWD_OPEN)) {
 		if (!x->waits) {
 			x->waits = 1;
 			x->wait_next = NONE;
@@ -134,11 +138,14 @@ enum fast_turn_may fast_turns_may(struct fast_up *u, uint32_t i, uint32_t rcv_nx
 	return FAST_TURN_NOW;
 }
 
-void fast_turns_open(struct fast_up *u, uint32_t i, uint32_t wnd)
+void fast_turns_open(struct fast_up *u, uint32_t i, uint32_t wnd, uint32_t by)
 {
 	struct fast_turns *t = &u->turns;
 	struct fast_turn *x = &u->flow[i].turn;
 
+	if (!x->open)
+		x->credit = QUANTA * u->turns.quantum;
+	x->credit = x->credit > by ? x->credit - by : 0;
 	fast_turns_close(u, i);
 	x->open = 1;
 	x->left = wnd;
@@ -161,7 +168,7 @@ uint32_t fast_turns_next(struct fast_up *u)
 		return NONE;
 	while (t->open_first != NONE && u->s->now >= u->flow[t->open_first].turn.until)
 		fast_turns_close(u, t->open_first);
-	return t->crowded && t->open + t->quantum > BUDGET ? NONE : t->wait_first;
+	return (t->crowded || u->n >= RN_CROWD) && t->open + t->quantum > RN_CROWD_OPEN ? NONE : t->wait_first;
 }
 
 void fast_turns_done(struct fast_up *u)

@@ -190,6 +190,8 @@ static void take_in(struct fast_up *u, const struct rn_pass *p, int fd)
 	ff->misses = 0;
 	ff->sndbuf = 0;
 	ff->tight = 0;
+	ff->sack = p->sack;
+	ff->dup_lo = ff->dup_hi;
 	fast_turns_start(u, p->index, RN_LOOK(f->up.rcv_nxt));
 	ff->df = p->df;
 	ff->slow = 0;
@@ -358,6 +360,8 @@ static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8
 		/* A probe of a window (RFC 9293 3.8.6.1) or of our life (3.8.4), or sent once more without need: to be answered. */
 		u->s->c[RN_C_tcp_duplicate_segments]++;
 		ff->asked = 1;
+		ff->dup_lo = seq;
+		ff->dup_hi = seq + len;
 		owe(u, i);
 	} else if (len) {
 		ssize_t n;
@@ -511,11 +515,11 @@ static int update_window(struct fast_up *u, uint32_t i, struct rn_flow *f)
 		room = u->turns.quantum;
 	edge = f->up.rcv_nxt + room;
 	if (SEQ_GT(edge, f->up.rcv_adv) && (edge - f->up.rcv_adv >= 2u * mtu || wnd < 4u * mtu)) {
-		RN_SHOW(f->up.rcv_adv, edge);
 		wnd = room;
 		moved = 1;
 		if (may == FAST_TURN_NOW)
-			fast_turns_open(u, i, wnd);
+			fast_turns_open(u, i, wnd, edge - f->up.rcv_adv);
+		RN_SHOW(f->up.rcv_adv, edge);
 	}
 	if (scant && ff->watched != 2 && !ff->told_window)
 		watch_room(u, i);
@@ -558,6 +562,7 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 	struct fast_flow *ff = &u->flow[i];
 	struct rn_flow *f = &u->flows->flow[i];
 	uint32_t acked;
+	uint8_t opt[12];
 	int r = 0, moved, turn = u->turns.now == i;
 
 	if (!ff->proto)
@@ -595,8 +600,18 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 		.gateway_mac = u->cfg.parse.gateway_mac, .offload = u->cfg.offload, .mss = UINT16_MAX,
 	};
 
+	if (RN_UNLIKELY(ff->sack && ff->dup_lo != ff->dup_hi)) {
+		static const uint8_t head[4] = { RN_TCPOPT_NOP, RN_TCPOPT_NOP, RN_TCPOPT_SACK, 10 };
+
+		memcpy(opt, head, sizeof(head));
+		rn_put32(opt + 4, ff->dup_lo);
+		rn_put32(opt + 8, ff->dup_hi);
+		t.opt = opt;
+		t.optlen = sizeof(opt);
+	}
 	r = write_ack(u, f, &t);
 	if (!r) {
+		ff->dup_lo = ff->dup_hi;
 		RN_SHOW(f->up.acked, t.ack);
 		u->s->c[RN_C_tcp_fast_acks]++;
 	}

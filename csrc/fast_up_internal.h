@@ -15,7 +15,7 @@ struct udp_batch; /* fast_udp_up.c */
 
 struct fast_turn { /* of a flow: fast_turns.c */
 	uint32_t rcv_nxt, epoch, sent; /* as last seen; bytes in that epoch */
-	uint32_t left;		       /* bytes of an open turn that are not used */
+	uint32_t left, credit;	       /* bytes of an open turn that are not used: of window, and that are still to be opened */
 	uint32_t prev, next, wait_next;
 	uint8_t open, waits;
 	uint64_t until;
@@ -43,6 +43,8 @@ struct fast_flow {
 	uint8_t owed;	       /* in the list of flows with something to tell the guest */
 	uint8_t tight;	       /* the host socket once did not take all */
 	uint8_t asked;	       /* of an owed one: by a segment with nothing new */
+	uint8_t sack;	       /* SACK was agreed */
+	uint32_t dup_lo, dup_hi; /* what came once more (RFC 2883 4.1); empty: equal */
 	uint8_t late;	       /* in the list of ACKs that wait for an answer */
 	uint8_t in_turn;       /* answers that carried an ACK, running; at most SPEAKS_IN_TURN */
 	uint8_t watched;       /* 1: in epoll, 2: and waiting for room */
@@ -80,20 +82,20 @@ struct fast_up {
 	struct udp_batch *udp; /* fast_udp_up.c */
 	struct fast_turns turns;
 	uint8_t reset; /* 1: egress is still to be told that this is a new process */
-	alignas(4) uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN];
+	alignas(4) uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN + 12]; /* with one block of SACK */
 };
 
 /* fast_turns.c */
 enum fast_turn_may {
 	FAST_TURN_FREE,	 /* no crowd: as far as the host socket has room */
-	FAST_TURN_NOW,	 /* by fast_turns.quantum at most, then fast_turns_open() */
+	FAST_TURN_NOW,	 /* to fast_turns.quantum at most, then fast_turns_open() */
 	FAST_TURN_LATER, /* not now: enough is open, or its turn comes (fast_turns_next()) */
 };
 void fast_turns_init(struct fast_up *u);
 void fast_turns_start(struct fast_up *u, uint32_t i, uint32_t rcv_nxt); /* flow @i is here, and has sent up to there */
 /* How far may the window of flow @i be opened? It is @wnd bytes now, and @rcv_nxt what came in order. */
 enum fast_turn_may fast_turns_may(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd);
-void fast_turns_open(struct fast_up *u, uint32_t i, uint32_t wnd);
+void fast_turns_open(struct fast_up *u, uint32_t i, uint32_t wnd, uint32_t by); /* to @wnd bytes, which are @by more */
 void fast_turns_close(struct fast_up *u, uint32_t i);
 uint32_t fast_turns_next(struct fast_up *u); /* the flow whose turn it is, NONE: nobody's */
 void fast_turns_done(struct fast_up *u); /* with that one */

@@ -13,7 +13,10 @@ struct rn_pass {
 	uint8_t proto;	     /* RN_IPPROTO_* */
 	uint8_t peek_off;    /* TCP: SO_PEEK_OFF works on it */
 	uint8_t window_scaled; /* TCP: window scaling was agreed */
-	uint8_t df;	     /* UDP: 1: the socket sets DF and does not fragment */
+	union {
+		uint8_t df;   /* UDP: 1: the socket sets DF and does not fragment */
+		uint8_t sack; /* TCP: SACK was agreed */
+	};
 	uint8_t peer4[4];    /* the peer as the guest calls it, */
 	uint8_t host4[4];    /* UDP: where datagrams to it go, */
 	uint16_t peer_port;  /* and its port, host order */

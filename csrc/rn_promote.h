@@ -61,6 +61,11 @@ enum rn_acks_want {
 	RN_WANT_ANY  /* any news: the window is closed */
 };
 
+/* --- many senders (fast_turns.c, tcp_up.c) --- */
+
+#define RN_CROWD 32u		/* flows, from which on their windows together are looked at, not each by itself */
+#define RN_CROWD_OPEN (2u << 20) /* bytes of windows open at a time then: what the way to the host takes in a millisecond */
+
 /* --- owner words --- */
 
 #define RN_OWNER_BUSY 0x80000000u /* the owner is at work on the half this moment */

@@ -710,6 +710,7 @@ static void segment(struct egress *e, uint32_t i, struct eg_frame *fr, struct se
 	if (old) {
 		/* Nothing new in it (a keepalive probe, a resent segment whose ACK was lost): answer, and look at the ACK. */
 		e->s->c[RN_C_tcp_duplicate_segments]++;
+		e->tcp->flow[i].dup = (struct tcp_range){ sg->seq, sg->seq + sg->len };
 		eg_work(e, i, W_ACK);
 		keep_data = 0;
 	} else if (beyond) {

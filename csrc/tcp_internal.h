@@ -102,6 +102,7 @@ struct tcp_flow { /* what only the TCP files need of a flow */
 	uint32_t cwnd;	  /* bytes; counts only with F_SLOW */
 	uint32_t wnd_max; /* largest window the guest offered (RFC 9293 3.8.6.2.1) */
 	uint32_t sack_last; /* start of the early segment that came last */
+	struct tcp_range dup; /* what came once more and the guest has not been told of; empty: lo == hi */
 	uint32_t dup_nxt;   /* up.rcv_nxt that ndup duplicate ACKs told */
 	uint32_t edge;	    /* parked data has no hole from up.rcv_nxt to here; tcp_up_edge() */
 	uint32_t rxt_nxt;   /* fast recovery: holes before this were sent again */

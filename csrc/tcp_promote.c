@@ -222,7 +222,7 @@ void tcp_promote(struct egress *e, uint32_t i)
 	if (!(p->fast & FP_TX) && f->up.packets + f->down.packets < cfg->after)
 		return;
 	pass = (struct rn_pass){ .index = i, .gen = f->gen, .proto = RN_IPPROTO_TCP, .peek_off = !!(p->flags & F_PEEK_OFF),
-				 .window_scaled = !!(p->flags & F_GUEST_WS), .peer_port = f->peer_port };
+				 .window_scaled = !!(p->flags & F_GUEST_WS), .sack = !!(p->flags & F_SACK), .peer_port = f->peer_port };
 	memcpy(pass.peer4, f->peer_addr + 12, 4);
 	if (!p->base_sent) { /* never 0 then: the SYN counts */
 		if (socket_sent(p->fd, &p->base_sent) || socket_read(p->fd, &p->base_read)) {

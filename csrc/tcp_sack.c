@@ -18,15 +18,18 @@
  * tcp_sack_option() - Blocks for an ACK
  * @opt:	at least 36 bytes
  *
- * The block of the segment that came last goes first, then those that were told most recently (RFC 2018 4): of data that
- * comes in order but for losses they are the next ones below. Return: bytes written, a multiple of 4; 0: none.
+ * What came once more goes first (RFC 2883 4.1: the guest learns that it sent that for nothing, and takes its slowing
+ * down back). Then the block of the segment that came last, then those that were told most recently (RFC 2018 4): of data
+ * that comes in order but for losses they are the next ones below. Return: bytes written, a multiple of 4; 0: none.
  */
 uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt)
 {
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
-	uint32_t last = e->tcp->flow[i].sack_last, edge = f->up.rcv_nxt, n = 0, first = 0, found = 0;
-	struct tcp_range r[TCP_SACK_BLOCKS]; /* a ring; the newest at n - 1 */
+	struct tcp_flow *x = &e->tcp->flow[i];
+	uint32_t last = x->sack_last, edge = f->up.rcv_nxt, n = 0, first = 0, found = 0, at = 4;
+	uint32_t most = TCP_SACK_BLOCKS - (x->dup.lo != x->dup.hi);
+	struct tcp_range r[TCP_SACK_BLOCKS]; /* a ring of @most; the newest at n - 1 */
 
 	if (!(p->flags & F_SACK))
 		return 0;
@@ -38,29 +41,35 @@ uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt)
 				b.hi = k->seq + k->len;
 		if (SEQ_LE(b.lo, edge)) /* in order, only not taken yet: no hole before it */
 			continue;
-		if (found && n - first == TCP_SACK_BLOCKS)
+		if (found && n - first == most)
 			break;
-		r[n++ % TCP_SACK_BLOCKS] = b;
-		if (!found && n - first > TCP_SACK_BLOCKS)
+		r[n++ % most] = b;
+		if (!found && n - first > most)
 			first++;
 		if (SEQ_LE(b.lo, last) && SEQ_LT(last, b.hi))
 			found = n;
 	}
-	if (!n)
-		return 0;
 	if (!found)
 		found = n;
+	if (most < TCP_SACK_BLOCKS) {
+		rn_put32(opt + 4, x->dup.lo);
+		rn_put32(opt + 8, x->dup.hi);
+		x->dup.lo = x->dup.hi;
+		at = 12;
+	}
+	for (uint32_t k = 0; k < n - first; k++, at += 8) {
+		/* from found down to first, then from behind it up */
+		const struct tcp_range *b = &r[(k < found - first ? found - 1 - k : first + k) % most];
+
+		rn_put32(opt + at, b->lo);
+		rn_put32(opt + at + 4, b->hi);
+	}
+	if (at == 4)
+		return 0;
 	opt[0] = opt[1] = RN_TCPOPT_NOP;
 	opt[2] = RN_TCPOPT_SACK;
-	opt[3] = (uint8_t)(2 + 8 * (n - first));
-	for (uint32_t k = 0; k < n - first; k++) {
-		/* from found down to first, then from behind it up */
-		uint32_t at = k < found - first ? found - 1 - k : first + k;
-
-		rn_put32(opt + 4 + 8 * k, r[at % TCP_SACK_BLOCKS].lo);
-		rn_put32(opt + 8 + 8 * k, r[at % TCP_SACK_BLOCKS].hi);
-	}
-	return 4 + 8 * (n - first);
+	opt[3] = (uint8_t)(at - 2);
+	return at;
 }
 
 /* Add a range: merge with what it touches; with all places taken the last one (farthest away) goes. */

@@ -121,6 +121,7 @@ int tcp_park(struct egress *e, uint32_t i, struct eg_frame *fr, uint32_t seq, co
 		before = *at;
 	if (*at && (*at)->seq == seq && (*at)->len >= len) {
 		e->s->c[RN_C_tcp_duplicate_segments]++;
+		t->flow[i].dup = (struct tcp_range){ seq, seq + len };
 		return 0;
 	}
 	n = t->free_nodes;
@@ -174,7 +175,6 @@ int tcp_update_window(struct egress *e, uint32_t i)
 	struct flow_priv *p = &e->priv[i];
 	struct rn_flow *f = eg_flow(e, i);
 	uint32_t limit = p->flags & F_GUEST_WS ? 65535u << TCP_WSCALE : 65535u, room, edge, crowd;
-	uint32_t least = 2u * e->cfg.mtu < 65535u ? 65535u : 2u * e->cfg.mtu;
 	int out = 0;
 
 	if (p->parked && (p->flags & F_BLOCKED))
@@ -192,12 +192,20 @@ int tcp_update_window(struct egress *e, uint32_t i)
 	/* Bookkeeping takes a part of the buffer: a quarter is an estimate, parking corrects it. */
 	room = p->sndbuf / 4 * 3;
 	room = room > (uint32_t)out ? room - (uint32_t)out : 0;
-	/* A flow that is soon promoted does without, but for what the SYN-ACK offered, and two segments: a thousand that begin at
-	 * once would overfill the guest's queue. */
-	if (!fresh(e, i))
+	/* A flow that is soon promoted does without, but for what the SYN-ACK offered, and two segments. Beside many others its
+	 * window is no more than its share until then: a thousand that begin at once would overfill the guest's queue. */
+	if (!fresh(e, i)) {
 		room += e->tcp->parked < TCP_PARK_MAX / 4 ? TCP_SLACK : TCP_SLACK_LOW;
-	else if (room < least)
-		room = least;
+	} else {
+		uint32_t share = e->used < RN_CROWD ? 65535u : RN_CROWD_OPEN / e->used;
+
+		if (share < 2u * e->cfg.mtu)
+			share = 2u * e->cfg.mtu;
+		if (room < share)
+			room = share;
+		if (limit > share && e->used >= RN_CROWD)
+			limit = share;
+	}
 	/* Among many senders a little at a time, as guest_tx does it by turns with those that it has. relaxed: a guess */
 	crowd = atomic_load_explicit(&e->flows->crowd, memory_order_relaxed);
 	if (crowd && crowd < limit)

@@ -43,7 +43,6 @@ from shm._dataplane import ffi, lib
 LOCK = b"\0ringnet-nic2"
 LOCK_DEADLINE = 20.0  # s; what is done under it takes some 20 ms
 OURS = "ringnet "  # how an alias of ours begins
-QUEUE = 8192  # frames the kernel keeps for us behind the tap: super-frames of a burst must not be lost there
 FORWARD_MAX = 8  # interfaces named in an alias (256 bytes, linux/if.h)
 NEEDS = ("needs CAP_NET_ADMIN: run as root, or let root make the host side:"
          " sudo ringnet nic2-helper --nic2 {} -- ringnet run --nic2 fd=3 ...")
@@ -289,7 +288,7 @@ class LinuxBridge:
         with contextlib.suppress(OSError):  # a host without IPv6: a port of a bridge needs no addresses, and sends none then
             (Path("/proc/sys/net/ipv6/conf") / self._name / "disable_ipv6").write_text("1")
         netlink.link_mtu(self._name, mtu)
-        netlink.link_queue(self._name, QUEUE)
+        netlink.link_queue(self._name)
         netlink.link_master(self._name, bridge.index, isolated=spec.isolate)
         netlink.link_up(self._name)
         if host is not None:

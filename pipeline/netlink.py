@@ -35,6 +35,7 @@ RTM_DELADDR, RTA_METRICS, RTAX_QUICKACK = 21, 8, 15
 RTPROT_OURS = 82  # of routes into a guest: by it those of a session that was killed are found
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 IFF_UP = 1
+TAP_QUEUE = 8192  # frames: super-frames of many connections that begin at once must not be lost there
 
 
 class NetlinkError(OSError):
@@ -218,9 +219,9 @@ def link_master(name: str, bridge: int, *, isolated: bool = False) -> None:
         _link("isolate", name, 0, _attr(IFLA_LINKINFO, info))
 
 
-def link_queue(name: str, frames: int) -> None:
-    """Length of the queue of what is sent to it."""
-    _link("set queue length of", name, 0, _attr(IFLA_TXQLEN, struct.pack("=I", frames)))
+def link_queue(name: str) -> None:
+    """Have the kernel keep TAP_QUEUE frames behind a tap of ours."""
+    _link("set queue length of", name, 0, _attr(IFLA_TXQLEN, struct.pack("=I", TAP_QUEUE)))
 
 
 def link_delete(name: str) -> None:

@@ -183,6 +183,7 @@ def make_tap(name: str, mtu: int, mac: str = "") -> int:
         if mac:
             netlink.link_address(name, mac)
         netlink.link_mtu(name, mtu)
+        netlink.link_queue(name)
     except OSError as e:
         os.close(fd)
         raise GuestError(e.strerror) from e
