@@ -1049,6 +1049,8 @@ class Session:
 
     def _spawn_all(self, children: list[Child]) -> None:
         """The first processes, as copies of one (pipeline/zygote.py). Raises SessionError."""
+        if not children:  # every seat is held
+            return
         was = lib.rn_os_subreaper(1)
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             if was == 0:

@@ -42,9 +42,11 @@ def seat(text: str) -> Seat:
 
 def _retitle(argv: list[str]) -> None:
     """Have ps, and whoever else reads /proc/self/cmdline, see these words (proc_pid_cmdline(5): it is our memory)."""
-    start, end = map(int, open("/proc/self/stat", "rb").read().rpartition(b")")[2].split()[45:47])  # arg_start, arg_end
-    words = b"\0".join(w.encode() for w in argv)[:end - start - 1]
-    ffi.memmove(ffi.cast("char *", start), words.ljust(end - start, b"\0"), end - start)
+    with open("/proc/self/stat", "rb") as f:
+        start, end = map(int, f.read().rpartition(b")")[2].split()[45:47])  # arg_start, arg_end
+    if 0 < start < end:  # 0: not to be seen
+        words = b"\0".join(w.encode() for w in argv)[:end - start - 1]
+        ffi.memmove(ffi.cast("char *", start), words.ljust(end - start, b"\0"), end - start)
 
 
 def _become(mine: Seat, seats: list[Seat], supervisor: int, parent: int) -> NoReturn:
@@ -62,7 +64,8 @@ def _become(mine: Seat, seats: list[Seat], supervisor: int, parent: int) -> NoRe
         if os.getppid() != supervisor:
             os._exit(StageExit.ORPHANED)
         os.environ[LEVEL_VARIABLE] = mine.level
-        _retitle([sys.executable, "-P", "-m", "pipeline", "stage", mine.name, "--control-fd", str(mine.fd)])
+        with contextlib.suppress(OSError):  # a /proc that shows less than ours: it keeps the old title
+            _retitle([sys.executable, "-P", "-m", "pipeline", "stage", mine.name, "--control-fd", str(mine.fd)])
         code = stage([mine.name, "--control-fd", str(mine.fd)])
     finally:
         with contextlib.suppress(OSError):
