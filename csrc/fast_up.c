@@ -30,7 +30,6 @@
 #include "fast_up_internal.h"
 
 #include "rn_fdpass.h"
-#include "rn_tcpseg.h"
 
 #include <errno.h>
 #include <linux/sockios.h>
@@ -191,7 +190,6 @@ static void take_in(struct fast_up *u, const struct rn_pass *p, int fd)
 	ff->sndbuf = 0;
 	ff->tight = 0;
 	ff->sack = p->sack;
-	ff->dup_lo = ff->dup_hi;
 	fast_turns_start(u, p->index, RN_LOOK(f->up.rcv_nxt));
 	ff->df = p->df;
 	ff->slow = 0;
@@ -562,7 +560,7 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 	struct fast_flow *ff = &u->flow[i];
 	struct rn_flow *f = &u->flows->flow[i];
 	uint32_t acked;
-	uint8_t opt[12];
+	uint8_t opt[RN_SACK_LEN(1)];
 	int r = 0, moved, turn = u->turns.now == i;
 
 	if (!ff->proto)
@@ -600,18 +598,14 @@ static int tell(struct fast_up *u, uint32_t i, int due)
 		.gateway_mac = u->cfg.parse.gateway_mac, .offload = u->cfg.offload, .mss = UINT16_MAX,
 	};
 
-	if (RN_UNLIKELY(ff->sack && ff->dup_lo != ff->dup_hi)) {
-		static const uint8_t head[4] = { RN_TCPOPT_NOP, RN_TCPOPT_NOP, RN_TCPOPT_SACK, 10 };
-
-		memcpy(opt, head, sizeof(head));
+	if (RN_UNLIKELY(ff->asked && ff->sack && ff->dup_lo != ff->dup_hi)) {
+		t.optlen = rn_sack_head(opt, 1);
 		rn_put32(opt + 4, ff->dup_lo);
 		rn_put32(opt + 8, ff->dup_hi);
 		t.opt = opt;
-		t.optlen = sizeof(opt);
 	}
 	r = write_ack(u, f, &t);
 	if (!r) {
-		ff->dup_lo = ff->dup_hi;
 		RN_SHOW(f->up.acked, t.ack);
 		u->s->c[RN_C_tcp_fast_acks]++;
 	}

@@ -4,6 +4,7 @@
 
 #include "fast_up.h"
 #include "rn_promote.h"
+#include "rn_tcpseg.h"
 
 #include <netinet/in.h>
 #include <stdlib.h>
@@ -44,7 +45,7 @@ struct fast_flow {
 	uint8_t tight;	       /* the host socket once did not take all */
 	uint8_t asked;	       /* of an owed one: by a segment with nothing new */
 	uint8_t sack;	       /* SACK was agreed */
-	uint32_t dup_lo, dup_hi; /* what came once more (RFC 2883 4.1); empty: equal */
+	uint32_t dup_lo, dup_hi; /* of one that was asked: what came once more (RFC 2883 4.1); empty: equal */
 	uint8_t late;	       /* in the list of ACKs that wait for an answer */
 	uint8_t in_turn;       /* answers that carried an ACK, running; at most SPEAKS_IN_TURN */
 	uint8_t watched;       /* 1: in epoll, 2: and waiting for room */
@@ -82,7 +83,7 @@ struct fast_up {
 	struct udp_batch *udp; /* fast_udp_up.c */
 	struct fast_turns turns;
 	uint8_t reset; /* 1: egress is still to be told that this is a new process */
-	alignas(4) uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN + 12]; /* with one block of SACK */
+	alignas(4) uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN + RN_SACK_LEN(1)];
 };
 
 /* fast_turns.c */

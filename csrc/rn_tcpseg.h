@@ -33,6 +33,17 @@ void rn_ip4_build(uint8_t *eth, const uint8_t to_mac[6], const uint8_t from_mac[
 void rn_udp_build(uint8_t *udp, uint16_t sport, uint16_t dport, const uint8_t src[4], const uint8_t dst[4], uint32_t len,
 		  int partial);
 
+#define RN_SACK_LEN(blocks) (4u + 8u * (blocks)) /* bytes of option, aligned: RFC 2018 3 */
+
+/* The option's head at @opt; the blocks follow it. Returns RN_SACK_LEN(). */
+static inline uint32_t rn_sack_head(uint8_t *opt, uint32_t blocks)
+{
+	opt[0] = opt[1] = RN_TCPOPT_NOP;
+	opt[2] = RN_TCPOPT_SACK;
+	opt[3] = (uint8_t)(2 + 8 * blocks);
+	return RN_SACK_LEN(blocks);
+}
+
 /* What of the guest's options is in the flow table, which others write too: held to what a connection can have, so that a
  * torn entry costs its flow and nothing else. */
 static inline uint32_t rn_tcp_mss(uint16_t told, uint32_t mtu)

@@ -66,10 +66,7 @@ uint32_t tcp_sack_option(struct egress *e, uint32_t i, uint8_t *opt)
 	}
 	if (at == 4)
 		return 0;
-	opt[0] = opt[1] = RN_TCPOPT_NOP;
-	opt[2] = RN_TCPOPT_SACK;
-	opt[3] = (uint8_t)(at - 2);
-	return at;
+	return rn_sack_head(opt, (at - 4) / 8);
 }
 
 /* Add a range: merge with what it touches; with all places taken the last one (farthest away) goes. */

@@ -34,7 +34,7 @@ import enum
 import os
 import select
 import socket
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -66,6 +66,23 @@ class StageExit(enum.IntEnum):
     USAGE = 2
     ORPHANED = 3  # control socket closed: the supervisor is gone
     PROTOCOL = 4  # a control message it could not read
+
+
+class Seat(NamedTuple):
+    """One stage that a zygote (pipeline/zygote.py) is to begin, as a word of its command line."""
+
+    name: str
+    fd: int  # the stage's end of its control socket
+    level: str  # of its log
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: str) -> Seat:
+        """Raises ValueError."""
+        name, fd, level = text.split(":")
+        return cls(name, int(fd), level)
 
 
 class End(Struct, frozen=True, kw_only=True):

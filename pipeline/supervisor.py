@@ -66,6 +66,7 @@ from pipeline.messages import (
     Ready,
     Refused,
     Running,
+    Seat,
     Start,
     encode,
 )
@@ -221,7 +222,7 @@ class Memory:
             self.session = self._keep(CellTable.create(len(topo.stages)))
             self.arena = self._keep(Arena.create([(s.small, s.large) for s in topo.stages]))
             self.arena.detach()  # frames are none of the supervisor's business
-            self.flows = self._keep(Flows.create(topo.flows, struct.unpack("QQ", os.urandom(16))))
+            self.flows = self._keep(Flows.create(topo.flows, struct.unpack("QQ", os.urandom(16))))  # `secrets` maps OpenSSL, 3 MiB
             self.names = self._keep(Names.create())
             for ring in topo.rings:
                 self.rings[ring.name] = self._keep(Ring.create(ring.slots, name=f"ring {ring.name}"))
@@ -239,6 +240,17 @@ class Memory:
     def close(self) -> None:
         for made in self._all:
             made.destroy()
+
+
+@contextlib.contextmanager
+def _subreaper() -> Iterator[None]:
+    """Orphans below us are our children meanwhile."""
+    was = lib.rn_os_subreaper(1)
+    try:
+        yield
+    finally:
+        if was == 0:
+            lib.rn_os_subreaper(0)
 
 
 class Signals:
@@ -1051,18 +1063,15 @@ class Session:
         """The first processes, as copies of one (pipeline/zygote.py). Raises SessionError."""
         if not children:  # every seat is held
             return
-        was = lib.rn_os_subreaper(1)
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            if was == 0:
-                undo.callback(lib.rn_os_subreaper, 0)
-            control, words, fds = {}, ["zygote", str(os.getpid())], []
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours, _subreaper():
+            control, seats = [], []
             for child in children:
-                ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                control[child.decl.name] = undo.enter_context(ours)
-                fds.append(theirs.enter_context(end).fileno())
-                words.append(f"{child.decl.name}:{end.fileno()}:{self._log_level(child)}")
+                our_end, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                control.append(ours.enter_context(our_end))
+                seats.append(Seat(child.decl.name, theirs.enter_context(their_end).fileno(), self._log_level(child)))
             try:
-                process = self._run_stage_process(words, fds, "warning", subprocess.PIPE)
+                process = self._run_stage_process(["zygote", str(os.getpid()), *map(str, seats)], [s.fd for s in seats], "warning",
+                                                  subprocess.PIPE)
             except OSError as e:
                 raise SessionError(Exit.RUNTIME, f"cannot start the stages: {e.strerror}") from e
             with process:
@@ -1073,10 +1082,9 @@ class Session:
                 if self._request:  # a SIGTERM to the whole process group
                     raise SessionError(*self._request)
                 raise SessionError(Exit.NOT_READY, f"the stages did not start: {said or describe_status(status)}")
-            for child, pid in zip(children, map(int, said.split()), strict=True):
-                self._begun(child, control.pop(child.decl.name), pid)
-            undo.pop_all()
-            lib.rn_os_subreaper(was)
+            for child, end, pid in zip(children, control, map(int, said.split()), strict=True):
+                self._begun(child, end, pid)
+            ours.pop_all()  # they are the children's
 
     def _wait_process(self, process: subprocess.Popen[bytes]) -> None:
         """Until it has ended. Raises SessionError; then it is killed."""

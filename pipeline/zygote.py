@@ -17,27 +17,12 @@ import os
 import select
 import signal
 import sys
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from pipeline.logs import LEVEL_VARIABLE
-from pipeline.messages import StageExit
+from pipeline.messages import Seat, StageExit
 from pipeline.stage import main as stage
 from shm._dataplane import ffi, lib
-
-
-class Seat(NamedTuple):
-    name: str
-    fd: int  # the stage's end of its control socket
-    level: str  # of its log
-
-    def __str__(self) -> str:
-        return ":".join(map(str, self))
-
-
-def seat(text: str) -> Seat:
-    """Raises ValueError."""
-    name, fd, level = text.split(":")
-    return Seat(name, int(fd), level)
 
 
 def _retitle(argv: list[str]) -> None:
@@ -76,7 +61,7 @@ def _become(mine: Seat, seats: list[Seat], supervisor: int, parent: int) -> NoRe
 def main(argv: list[str]) -> int:
     """argv: [SUPERVISOR, NAME:FD:LEVEL...]. Returns a StageExit."""
     try:
-        supervisor, seats = int(argv[0]), [seat(text) for text in argv[1:]]
+        supervisor, seats = int(argv[0]), [Seat.parse(text) for text in argv[1:]]
     except (ValueError, IndexError):
         print("ringnet zygote: it is started by the supervisor, with sockets that it made", file=sys.stderr)
         return StageExit.USAGE

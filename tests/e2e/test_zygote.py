@@ -15,9 +15,8 @@ import pytest
 from netlab import DEADLINE, run_env, wait_gone
 
 from e2e.test_lifecycle import NAMES, PATIENT, GuestEnd, argv_of, ends, nothing_left
-from pipeline import zygote
 from pipeline.config import make
-from pipeline.messages import VERSION, Channel, Exit, Hello, StageExit
+from pipeline.messages import VERSION, Channel, Exit, Hello, Seat, StageExit
 from pipeline.supervisor import Session, SessionError
 from shm._dataplane import lib
 
@@ -89,7 +88,7 @@ class Alone:
 
     def __init__(self, names: list[str], supervisor: int) -> None:
         pairs = {name: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for name in names}
-        seats = [zygote.Seat(name, theirs.fileno(), "warning") for name, (_, theirs) in pairs.items()]
+        seats = [Seat(name, theirs.fileno(), "warning") for name, (_, theirs) in pairs.items()]
         self.process = subprocess.Popen([sys.executable, "-P", "-m", "pipeline", "zygote", str(supervisor), *map(str, seats)],
                                         pass_fds=[seat.fd for seat in seats], stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, env=run_env(), cwd="/")
