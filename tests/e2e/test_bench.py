@@ -69,7 +69,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path: Path) ->
 
 def test_after_kill_9_nothing_runs_on_and_the_next_run_tidies_up(tmp_path: Path) -> None:
     with Program(bench("--drivers", "ringnet", "--rows", "tcp rr", "--mtu", "1500", "--secs", "60", "--json",
-                       str(tmp_path / "r.json")), tmp_path / "log", env=env()) as run:
+                       str(tmp_path / "r.json")), tmp_path / "log", env=env() | {"TMPDIR": str(tmp_path)}) as run:
         inside: list[int] = []
         while not any(b"rn-egress" in Path(f"/proc/{p}/comm").read_bytes() for p in inside if Path(f"/proc/{p}").exists()):
             assert run.process.poll() is None, run.output()
