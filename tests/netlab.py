@@ -24,6 +24,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pipeline.procs import named_tree
+from pipeline.topology import TOPOLOGY
+
 REPO = Path(__file__).resolve().parent.parent
 RINGNET = (sys.executable, "-P", "-m", "pipeline")
 GATEWAY = "10.0.2.1"
@@ -283,6 +286,12 @@ def children(pid: int) -> list[int]:
                 found += kids
                 todo += kids
     return found
+
+
+def stage_pids(pid: int) -> dict[str, int]:
+    """pid of each stage below a process, by name. One that ends while we look is left out."""
+    names = {s.name for s in TOPOLOGY.stages}
+    return {name: one for one, name in named_tree(pid).items() if name in names}
 
 
 def wait_gone(pids: Sequence[int], timeout: float = DEADLINE) -> list[int]:

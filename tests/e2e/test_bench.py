@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from netlab import NETNS_DIR, REPO, Program, run_env, sh, wait_gone
+from netlab import NETNS_DIR, REPO, Program, run_env, sh, stage_pids, wait_gone
 
 sys.path.insert(0, str(REPO / "tools"))
 
@@ -70,11 +70,10 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path: Path) ->
 def test_after_kill_9_nothing_runs_on_and_the_next_run_tidies_up(tmp_path: Path) -> None:
     with Program(bench("--drivers", "ringnet", "--rows", "tcp rr", "--mtu", "1500", "--secs", "60", "--json",
                        str(tmp_path / "r.json")), tmp_path / "log", env=env() | {"TMPDIR": str(tmp_path)}) as run:
-        inside: list[int] = []
-        while not any(b"rn-egress" in Path(f"/proc/{p}/comm").read_bytes() for p in inside if Path(f"/proc/{p}").exists()):
+        while "egress" not in stage_pids(run.pid):
             assert run.process.poll() is None, run.output()
-            inside = [int(p) for n in namespaces(run.pid)
-                      for p in sh("ip", "netns", "pids", n, check=False).stdout.split()]
+        inside = [int(p) for n in namespaces(run.pid) for p in sh("ip", "netns", "pids", n, check=False).stdout.split()]
+        assert inside
         run.process.send_signal(signal.SIGKILL)
         run.wait()
         assert wait_gone(inside) == []

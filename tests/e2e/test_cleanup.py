@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from netlab import RINGNET, Attached, Netns, Program, children, shm_left, shm_objects, wait_gone
+from netlab import RINGNET, Attached, Netns, Program, children, shm_left, shm_objects, stage_pids, wait_gone
 
 from pipeline.messages import Exit
 from pipeline.topology import TOPOLOGY, Feature
@@ -16,16 +16,6 @@ from pipeline.topology import TOPOLOGY, Feature
 pytestmark = pytest.mark.netns
 
 STAGES = [s.name for s in TOPOLOGY.only(frozenset({Feature.NIC1})).stages]
-
-
-def stage_pids(pid: int) -> dict[str, int]:
-    """pid of each stage below the supervisor, by the name in its command line."""
-    found = {}
-    for child in children(pid):
-        argv = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
-        if "stage" in argv:
-            found[argv[argv.index("stage") + 1]] = child
-    return found
 
 
 def unix_sockets(ns: Netns) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from netlab import Attached, Netns, Program, children, wait_gone
+from netlab import Attached, Netns, Program, stage_pids, wait_gone
 
 pytestmark = pytest.mark.netns
 
@@ -131,8 +131,7 @@ def test_leases_outlive_a_killed_services_stage_and_the_session(start: Callable[
     session = start("--lease-file", str(file))
     first, second = lan.machine(), lan.machine()
     assert [lan.lease(first), lan.lease(second)] == ["10.0.2.2", "10.0.2.3"]
-    (services,) = [pid for pid in children(session.process.pid)
-                   if b"services" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    services = stage_pids(session.process.pid)["services"]
     os.kill(services, signal.SIGKILL)
     assert not wait_gone([services])
     assert lan.lease(second) == "10.0.2.3"

@@ -25,6 +25,7 @@ from netlab import (
     children,
     run_env,
     sh,
+    stage_pids,
     wait_gone,
 )
 
@@ -203,8 +204,7 @@ def test_a_stages_death_ends_run_with_its_own_status(host_ns: Netns, tmp_path: P
     program, r = started(host_ns, tmp_path, SETUP + "say(b'up'); signal.pause()")
     with program:
         pids = children(program.pid)
-        [egress] = [p for p in pids if b"stage\0egress" in Path(f"/proc/{p}/cmdline").read_bytes()]
-        os.kill(egress, signal.SIGKILL)
+        os.kill(stage_pids(program.pid)["egress"], signal.SIGKILL)
         assert program.wait() == 70
         assert "stage egress died: signal 9 (SIGKILL); last counters: " in program.output()
         assert wait_gone(pids) == []

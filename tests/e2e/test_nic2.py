@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from netlab import DEADLINE, RINGNET, SERVER, Attached, Netns, Program, children, run_env, serving, sh, wait_gone
+from netlab import DEADLINE, RINGNET, SERVER, Attached, Netns, Program, children, run_env, serving, sh, stage_pids, wait_gone
 
 from pipeline import api
 from pipeline.client import Client, find
@@ -48,9 +48,7 @@ class Nic2(Attached):
         return json.loads(ctl(self, "statistics", "--json").stdout)["counters"].get(stage, {})
 
     def pid_of(self, stage: str) -> int:
-        [pid] = [c for c in children(self.pid)
-                 if f"stage\0{stage}\0" in Path(f"/proc/{c}/cmdline").read_bytes().decode()]
-        return pid
+        return stage_pids(self.pid)[stage]
 
 
 @pytest.fixture
