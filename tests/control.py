@@ -30,9 +30,11 @@ from pipeline.seats import SeatError
 from pipeline.services.hosts import HostsTable
 from pipeline.supervisor import Child, Link
 from pipeline.topology import TOPOLOGY, Feature
-from shm.arena import Use
+from pipeline.units import Impair
+from shm.arena import Arena, Use
 from shm.cell import Session as CellTable
 from shm.flows import Flows
+from shm.ring import Ring
 
 DEADLINE = 60.0
 
@@ -41,10 +43,12 @@ class FakeMemory:
     def __init__(self) -> None:
         self.session = CellTable.create(5)
         self.flows = Flows.create(64, (1, 2))
+        self.arena = Arena.create([(4, 0)] * 5)
+        self.rings = {"a_b": Ring.create(2)}
 
     def close(self) -> None:
-        self.session.destroy()
-        self.flows.destroy()
+        for one in (self.session, self.flows, self.arena, *self.rings.values()):
+            one.destroy()
 
 
 class FakeSeats:
@@ -73,6 +77,7 @@ class FakeSession:
         self.result = None
         self.ending = False
         self.nic2 = None
+        self.impairments: dict[str, tuple[str, Impair]] = {}
         self.level = ""
         self.hold = False
         self.asks: deque[tuple[str, Ask, Callable[[str], None]]] = deque()

@@ -50,6 +50,18 @@ def is_slirp(line: bytes) -> bool:
     return isinstance(data, dict) and "execute" in data and "call" not in data
 
 
+@pytest.mark.parametrize("call", [c for c in api.CALLS if c not in ("cancel", "subscribe")])
+def test_every_call_without_arguments_gets_a_reply(server: Server, call: str) -> None:
+    peer = server.peer()
+    peer.send(json.dumps({"call": call}).encode() + b"\n")
+    peer.sock.shutdown(socket.SHUT_WR)
+    reply = peer.line()
+    assert reply is not None and reply["ok"] in (True, False)
+    assert peer.line() is None
+    peer.close()
+    server.peers.remove(peer)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=150)
 @given(lines=st.lists(LINES.map(lambda b: b.replace(b"\n", b"")), max_size=8), cuts=st.lists(st.integers(1, 400)))
 def test_every_line_gets_one_reply_however_it_arrives(server: Server, lines: list[bytes], cuts: list[int]) -> None:
