@@ -1,11 +1,8 @@
-/* fast_up.c - promoted flows, guest to host: the half `up` while guest_tx owns it (rules: rn_promote.h). UDP's part is
- * fast_udp_up.c.
+/* fast_up.c - promoted flows, guest to host: the half `up` while guest_tx owns it (rules: rn_promote.h).
  *
  * A frame read from the link is looked up by its addresses and ports. Of a flow that is here it is parsed by the rules of
- * classify, and taken if it is what a settled connection sends nearly always: ACK or ACK+PSH without options, at rcv_nxt,
- * inside the window, acknowledging what was sent. Its data goes to send() from where the link put it; rcv_nxt advances by
- * what send() took (I1). A segment with nothing new in it is answered. Everything else goes to egress, which takes the half
- * back for as long as it needs it.
+ * classify, and its data goes to the host socket from where the link put it: TCP in fast_train.c, UDP in fast_udp_up.c. What
+ * these do not take goes to egress, which takes the half back for as long as it needs it.
  *
  * Bypass. A good TCP segment has been parsed here by then, so it goes to egress by a ring of its own, and a connection that
  * is opened, used once and closed saves a wake for each segment. All other frames, bad ones too, are classify's.
@@ -22,10 +19,10 @@
  * Crowd. Among many senders windows are opened in turn: fast_turns.c.
  *
  * Barrier. A bulk flow never pauses, so when it is offered segments of it are always under way to egress, and the next one
- * read here is never the one at rcv_nxt. After MISSES of them a notice is sent behind the last; the link is not read until
+ * read here is never the one at rcv_nxt. After some of them a notice is sent behind the last; the link is not read until
  * egress says that it dealt with all before it, or BARRIER_NS are over.
  *
- * system calls: sendto, write (link), recvmsg (sockets from egress), ioctl, getsockopt, epoll_ctl, close
+ * system calls: write (link), recvmsg (sockets from egress), ioctl, getsockopt, epoll_ctl, close
  */
 #include "fast_up_internal.h"
 
@@ -40,13 +37,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define MISSES 8u
 #define BARRIER_NS 5000000ull
 #define DELAY_NS 4000000ull /* an ACK is late by at most this, and a tick of epoll_wait */
 #define SPEAKS_IN_TURN 2u /* answers that carried the ACK, to believe in the next */
-
-#define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
-#define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
 
 struct fast_up *fast_up_new(struct rn_stage *s, const struct rn_link *link, void *flows, uint64_t flows_size,
 			    const struct fast_up_config *cfg)
@@ -187,6 +180,7 @@ static void take_in(struct fast_up *u, const struct rn_pass *p, int fd)
 	ff->scaled = p->window_scaled;
 	ff->in_turn = 0;
 	ff->misses = 0;
+	ff->held = 0;
 	ff->sndbuf = 0;
 	ff->tight = 0;
 	ff->sack = p->sack;
@@ -279,7 +273,7 @@ void fast_up_notice(struct fast_up *u, const struct rn_desc *d)
 
 /* --- segments --- */
 
-static void owe(struct fast_up *u, uint32_t i)
+void fast_up_owe(struct fast_up *u, uint32_t i)
 {
 	struct fast_flow *ff = &u->flow[i];
 
@@ -302,114 +296,15 @@ int fast_up_open(struct fast_up *u)
 			return 0;
 		u->barrier_until = 0;
 	}
-	if (u->cfg.bypass && !rn_stage_room(u->s, RN_ROLE_BRIDGE, 1))
-		return 0;
-	return !u->n || rn_stage_room(u->s, RN_ROLE_GUEST, 1);
+	/* What is held may have to go the same way yet, a frame and a notice each. */
+	return rn_stage_room(u->s, u->way, 1 + u->nheld) && (!u->n || rn_stage_room(u->s, RN_ROLE_GUEST, 1 + u->nheld));
 }
 
-/* The owner of down waits for what was posted: tell it. fast_up_open() saw room for one a frame. */
-static void wake_down(struct fast_up *u, uint32_t i, struct rn_flow *f)
-{
-	if (rn_acks_wake(&f->acks))
-		rn_stage_notice(u->s, RN_ROLE_GUEST, rn_fn_flags(RN_FN_ACKS), i, f->gen);
-}
-
-/**
- * segment() - One TCP segment of a flow that is here, the half claimed
- * Return: 1 taken, 0 for egress, -1 for egress together with the half: the host socket did not take it all.
- */
-static int segment(struct fast_up *u, uint32_t i, struct rn_flow *f, const uint8_t *eth, const struct rn_parsed *p)
-{
-	struct fast_flow *ff = &u->flow[i];
-	const uint8_t *th = eth + p->l4_off;
-	uint32_t seq = rn_get32(th + RN_TCP_SEQ), ack = rn_get32(th + RN_TCP_ACK), len = p->payload_len;
-	uint32_t wnd = (uint32_t)rn_get16(th + RN_TCP_WND) << rn_tcp_shift(f->down.wscale);
-	uint64_t known = atomic_load_explicit(&f->acks.ack_wnd, memory_order_relaxed);
-	int32_t ahead = (int32_t)(ack - rn_acks_ack(known));
-	int lost = 0, old = SEQ_LT(seq, f->up.rcv_nxt) && !SEQ_GT(seq + len, f->up.rcv_nxt);
-
-	if (!old && (seq != f->up.rcv_nxt || SEQ_GT(seq + len, f->up.rcv_adv))) {
-		if (SEQ_GT(seq, f->up.rcv_nxt) && ++ff->misses >= MISSES && u->barrier == NONE && !u->barrier_until) {
-			u->barrier = i;
-			ff->misses = 0;
-		}
-		return 0;
-	}
-	/* Acknowledgment: new, or nothing new with data (RFC 5681 2: without it is a duplicate). Acquire: what was sent is
-	 * shown before it is written to the link, so the guest cannot be ahead of what we see. */
-	if ((ahead < 0 && !old) || SEQ_GT(ack, __atomic_load_n(&f->down.snd_max, __ATOMIC_ACQUIRE)))
-		return 0;
-	if (!old && !ahead && !len && wnd == rn_acks_wnd(known))
-		return 0;
-	if (old ? ahead > 0 : ahead || wnd != rn_acks_wnd(known)) { /* an old segment's window may be old */
-		uint32_t owner = atomic_load_explicit(&f->down.owner, memory_order_relaxed);
-
-		if ((owner & ~RN_OWNER_BUSY) != u->rx)
-			return 0; /* egress has down, and reads the segment itself */
-		rn_acks_post(&f->acks, ack, wnd, u->s->now, 1);
-		wake_down(u, i, f); /* with the fence that the look at the owner needs (egress: seize, fence, read acks) */
-		owner = atomic_load_explicit(&f->down.owner, memory_order_relaxed);
-		lost = (owner & ~RN_OWNER_BUSY) != u->rx; /* taken in between: egress may have read acks before the post */
-	}
-	ff->misses = 0;
-	RN_SHOW(f->up.fast, f->up.fast + 1);
-	RN_SHOW(f->last_ns, u->s->now);
-	if (old) {
-		/* A probe of a window (RFC 9293 3.8.6.1) or of our life (3.8.4), or sent once more without need: to be answered. */
-		u->s->c[RN_C_tcp_duplicate_segments]++;
-		ff->asked = 1;
-		ff->dup_lo = seq;
-		ff->dup_hi = seq + len;
-		owe(u, i);
-	} else if (len) {
-		ssize_t n;
-
-		do
-			n = send(ff->fd, eth + p->payload_off, len, MSG_DONTWAIT | MSG_NOSIGNAL);
-		while (n < 0 && errno == EINTR);
-		if (n < 0) { /* egress gets the segment, and knows what to do */
-			if (errno != EAGAIN && errno != ENOBUFS && errno != ENOMEM)
-				atomic_store_explicit(&f->acks.broke, (uint32_t)errno, memory_order_relaxed);
-			n = 0;
-		}
-		RN_SHOW(f->up.rcv_nxt, f->up.rcv_nxt + (uint32_t)n); /* I1: what send() returned */
-		f->up.bytes += (uint64_t)n;
-		f->up.packets++;
-		u->s->c[RN_C_tcp_fast_up_bytes] += (uint64_t)n;
-		if ((uint32_t)n < len) {
-			ff->tight = 1;
-			ff->sndbuf = 0; /* it grows with what did not fit */
-			return -1;
-		}
-		owe(u, i);
-	}
-	return !lost;
-}
-
-static int take_tcp(struct fast_up *u, uint32_t i, const uint8_t *eth, const struct rn_parsed *p)
-{
-	const uint8_t *th = eth + p->l4_off;
-	struct rn_flow *f = &u->flows->flow[i];
-	int r = 0;
-
-	if ((th[RN_TCP_FLAGS] & (uint8_t)~RN_TH_PSH) != RN_TH_ACK || p->payload_off - p->l4_off != RN_TCP_HLEN)
-		return 0;
-	if (!rn_half_claim(&f->up.owner, u->me))
-		return 0;
-	/* The entry may be another flow's by now, with its CLOSE still in the ring; a new MAC address is for egress. */
-	if (RN_LIKELY(f->gen == u->flow[i].gen && !memcmp(eth + 6, f->guest_mac, 6)))
-		r = segment(u, i, f, eth, p);
-	rn_half_leave(&f->up.owner, r < 0 ? u->egress : u->me);
-	if (r > 0)
-		u->s->c[RN_C_fast_frames]++;
-	return r > 0;
-}
-
-enum fast_up_way fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t flags, struct rn_parsed *p)
+enum fast_up_way fast_up_take(struct fast_up *u, uint8_t *eth, uint32_t len, uint16_t flags, uint64_t began, struct rn_parsed *p)
 {
 	struct rn_view v = { .data = eth, .len = len };
 	struct rn_vnet_hdr vnet;
-	int tcp;
+	int tcp, usual, held;
 	uint32_t i;
 
 	if (len < RN_ETH_HLEN + RN_IP4_HLEN + RN_UDP_HLEN || rn_get16(eth + 12) != RN_ETHERTYPE_IPV4 ||
@@ -419,11 +314,19 @@ enum fast_up_way fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t le
 	i = u->n ? lookup(u, eth) : NONE;
 	if (i == NONE && !(tcp && u->cfg.bypass))
 		return FAST_UP_CLASSIFY;
+	usual = i != NONE && tcp && fast_train_look(eth, len);
+	held = usual && fast_train_long(len);
+	if (!held && i != NONE && u->flow[i].held)
+		return FAST_UP_BEHIND;
 	if (flags & RN_DESC_VNET)
 		memcpy(&vnet, eth - RN_VNET_HLEN, sizeof(vnet));
 	if (rn_parse_frame(&v, flags & RN_DESC_VNET ? &vnet : NULL, &u->cfg.parse, p) != RN_V_BRIDGE)
 		return FAST_UP_CLASSIFY; /* it says why, and counts it */
-	if (i != NONE && (tcp ? take_tcp(u, i, eth, p) : fast_udp_take(u, i, eth, p)))
+	if (held && p->payload_len) {
+		fast_train_hold(u, i, &(struct fast_frame){ .eth = eth, .len = len, .flags = flags, .began = began, .p = *p });
+		return FAST_UP_HELD;
+	}
+	if (i != NONE && (tcp ? usual && fast_train_take(u, i, eth, p) : fast_udp_take(u, i, eth, p)))
 		return FAST_UP_DONE;
 	return tcp && u->cfg.bypass ? FAST_UP_BRIDGE : FAST_UP_CLASSIFY;
 }
@@ -662,7 +565,7 @@ void fast_up_event(struct fast_up *u, uint32_t i, uint32_t events)
 		return;
 	u->flow[i].watched = 1;
 	u->flow[i].told_window = 1;
-	owe(u, i);
+	fast_up_owe(u, i);
 }
 
 uint64_t fast_up_deadline(const struct fast_up *u)

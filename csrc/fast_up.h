@@ -33,9 +33,24 @@ int fast_up_open(struct fast_up *u);
 /* Take a frame that passed the link's checks. It goes where this says, and then fast_up_sent(). */
 enum fast_up_way { FAST_UP_CLASSIFY, /* the usual way */
 		   FAST_UP_DONE,     /* nowhere: done with it */
-		   FAST_UP_BRIDGE }; /* to egress; *@p is what there is to know of it */
-enum fast_up_way fast_up_take(struct fast_up *u, const uint8_t *eth, uint32_t len, uint16_t flags, struct rn_parsed *p);
+		   FAST_UP_BRIDGE,   /* to egress; *@p is what there is to know of it */
+		   FAST_UP_HELD,     /* nowhere yet: its buffer is kept until fast_up_settle() */
+		   FAST_UP_BEHIND }; /* behind what is held: fast_up_settle(), and ask again */
+enum fast_up_way fast_up_take(struct fast_up *u, uint8_t *eth, uint32_t len, uint16_t flags, uint64_t began, struct rn_parsed *p);
 void fast_up_sent(struct fast_up *u);
+
+struct fast_frame {
+	uint8_t *eth;
+	uint32_t len;
+	uint16_t flags;
+	uint8_t done; /* 1: nothing is left to do with it; 0: it goes to egress */
+	uint32_t flow;
+	uint64_t began; /* as given to fast_up_take() */
+	struct rn_parsed p;
+};
+int fast_up_full(const struct fast_up *u); /* 1: no more can be held */
+/* Send what is held: how many frames, *@frames in the order in which they came. At the end of a turn at the latest. */
+uint32_t fast_up_settle(struct fast_up *u, const struct fast_frame **frames);
 
 /* End of a turn: acknowledgements owed go out. 1: some are left for want of room or a buffer (asked for). */
 int fast_up_flush(struct fast_up *u);

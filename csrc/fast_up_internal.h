@@ -1,4 +1,4 @@
-/* fast_up_internal.h - what fast_up.c (which flow, TCP), fast_turns.c and fast_udp_up.c share. Nobody else includes it. */
+/* fast_up_internal.h - what fast_up.c (which flow, ACKs), fast_train.c, fast_turns.c and fast_udp_up.c share. Nobody else includes it. */
 #ifndef RN_FAST_UP_INTERNAL_H
 #define RN_FAST_UP_INTERNAL_H
 
@@ -11,6 +11,10 @@
 #include <string.h>
 
 #define NONE UINT32_MAX
+#define FAST_TRAIN 16u /* frames held at most */
+
+#define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
+#define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
 
 struct udp_batch; /* fast_udp_up.c */
 
@@ -60,6 +64,7 @@ struct fast_flow {
 	uint32_t misses;       /* early segments in a row */
 	uint32_t lacks_next, lacks_gen; /* of one whose socket did not come, while egress is to be told */
 	uint8_t lacks;
+	uint8_t held;	       /* 1: frames of it are held */
 	uint32_t sndbuf;
 	struct fast_turn turn;
 };
@@ -80,11 +85,23 @@ struct fast_up {
 	uint32_t barrier; /* flow that asks for one, or NONE */
 	uint64_t barrier_until; /* 0: none is out */
 	uint16_t ip_id;
+	struct fast_frame held[FAST_TRAIN]; /* as they came */
+	uint32_t nheld, held_bytes;
 	struct udp_batch *udp; /* fast_udp_up.c */
 	struct fast_turns turns;
 	uint8_t reset; /* 1: egress is still to be told that this is a new process */
 	alignas(4) uint8_t ack_buf[RN_VNET_HLEN + 4 + RN_ETH_HLEN + RN_IP4_HLEN + RN_TCP_HLEN + RN_SACK_LEN(1)];
 };
+
+/* fast_up.c */
+void fast_up_owe(struct fast_up *u, uint32_t i); /* flow @i is to be told something at the end of the turn */
+
+/* fast_train.c */
+int fast_train_look(const uint8_t *eth, uint32_t len); /* flags and options of a segment that may be taken? */
+int fast_train_long(uint32_t len); /* is a frame of @len bytes one to hold? */
+void fast_train_hold(struct fast_up *u, uint32_t i, const struct fast_frame *h); /* until fast_up_settle() */
+/* Take a segment of a flow that is here, of which none are held. 1: done with it; 0: for egress. */
+int fast_train_take(struct fast_up *u, uint32_t i, uint8_t *eth, const struct rn_parsed *p);
 
 /* fast_turns.c */
 enum fast_turn_may {

@@ -18,7 +18,7 @@
  *
  * What is checked here is what needs no parsing: length, and the virtio-net header against the length.
  *
- * Frames of promoted flows end here (fast_up.c); with them comes a ring from egress, which carries notices only.
+ * Frames of promoted flows end here (fast_up.c), some of them held in their buffers until a few more were read; with them comes a ring from egress, which carries notices only.
  *
  * The link may be set anew while the stage runs: a virtual machine that was started again comes with a socket of its own.
  * Without one (descriptor -1) there is nothing to read. A stream that lost its framing is of no more use; the stage stops
@@ -50,6 +50,7 @@ struct stage_guest_tx {
 	int gone;	      /* 1: end of file, or the device is no more */
 	int broken;	      /* negative errno: why the link is of no more use; 0 when it was told */
 	struct fast_up *fast; /* promoted flows; NULL: none are */
+	int bypass;	      /* 1: what that does not take goes to egress, not to classify */
 	uint64_t pcap_written, pcap_lost; /* as last taken over */
 	int has_nic2;
 	struct relay_in nic2;
@@ -121,24 +122,15 @@ static int frame_ok(struct rn_stage *s, const struct stage_guest_tx *t, uint8_t 
 	return 1;
 }
 
-static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, uint32_t len, uint16_t flags)
+/* Onto the ring to classify, or to egress with @p, what was parsed of it. The frame is in *@large, which is NULL afterwards
+ * if it went as well. */
+static void emit(struct rn_stage *s, struct stage_guest_tx *t, struct rn_buf **large, uint8_t *eth, uint32_t len, uint16_t flags,
+		 const struct rn_parsed *p)
 {
-	enum fast_up_way way = FAST_UP_CLASSIFY;
-	struct rn_parsed p;
 	struct rn_buf *b;
 
-	if (t->fast) {
-		uint64_t began = rn_stage_inline_begin(s);
-
-		way = fast_up_take(t->fast, eth, len, flags, &p);
-		if (way == FAST_UP_DONE) {
-			if (RN_UNLIKELY(began))
-				rn_stage_inline_end(s, began);
-			return;
-		}
-		if (way == FAST_UP_BRIDGE)
-			len = p.frame_len;
-	}
+	if (p)
+		len = p->frame_len;
 	b = len <= RN_SMALL_FRAME_MAX ? rn_buf_alloc(&s->pool, RN_SMALL) : NULL;
 	if (b) {
 		uint8_t *small = (uint8_t *)b + RN_BUF_ETH_OFF;
@@ -146,18 +138,63 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 		memcpy(small - RN_VNET_HLEN, eth - RN_VNET_HLEN, RN_VNET_HLEN + len);
 		eth = small;
 	} else {
-		b = t->spare;
-		t->spare = NULL;
+		b = *large;
+		*large = NULL;
 	}
-	if (way == FAST_UP_BRIDGE)
-		b->meta = rn_meta_of(&p, 0);
-	rn_stage_emit(s, way == FAST_UP_BRIDGE ? RN_ROLE_BRIDGE : RN_ROLE_CLASSIFY, b, eth, len, flags);
+	if (p)
+		b->meta = rn_meta_of(p, 0);
+	rn_stage_emit(s, p ? RN_ROLE_BRIDGE : RN_ROLE_CLASSIFY, b, eth, len, flags);
 	s->c[RN_C_frames_out]++;
 	s->c[RN_C_bytes_out] += len;
-	if (way == FAST_UP_BRIDGE) /* egress begins while we look whether there is more: a connection is short */
+	if (p) /* egress begins while we look whether there is more: a connection is short */
 		rn_stage_publish_now(s, RN_ROLE_BRIDGE);
 	if (t->fast)
 		fast_up_sent(t->fast);
+}
+
+/* Frames that are held go to the host; what it does not take, on. */
+static void settle(struct rn_stage *s, struct stage_guest_tx *t)
+{
+	const struct fast_frame *h;
+	uint32_t n = fast_up_settle(t->fast, &h);
+
+	for (; n; n--, h++) {
+		struct rn_buf *b = (struct rn_buf *)(h->eth - RN_BUF_ETH_OFF);
+
+		if (!h->done)
+			emit(s, t, &b, h->eth, h->len, h->flags, t->bypass ? &h->p : NULL);
+		else if (RN_UNLIKELY(h->began))
+			rn_stage_inline_end(s, h->began);
+		rn_buf_free(&s->pool, b);
+	}
+}
+
+static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, uint32_t len, uint16_t flags)
+{
+	enum fast_up_way way = FAST_UP_CLASSIFY;
+	struct rn_parsed p;
+
+	if (t->fast) {
+		uint64_t began = rn_stage_inline_begin(s);
+
+		way = fast_up_take(t->fast, eth, len, flags, began, &p);
+		if (way == FAST_UP_BEHIND) {
+			settle(s, t);
+			way = fast_up_take(t->fast, eth, len, flags, began, &p);
+		}
+		if (way == FAST_UP_HELD) {
+			t->spare = NULL;
+			if (fast_up_full(t->fast))
+				settle(s, t);
+			return;
+		}
+		if (way == FAST_UP_DONE) {
+			if (RN_UNLIKELY(began))
+				rn_stage_inline_end(s, began);
+			return;
+		}
+	}
+	emit(s, t, &t->spare, eth, len, flags, way == FAST_UP_BRIDGE ? &p : NULL);
 }
 
 /* Where the next frame goes, with room for it to go on: the Ethernet header's place, or NULL. */
@@ -255,8 +292,10 @@ static int guest_tx_turn(struct rn_stage *s)
 	}
 	if (RN_UNLIKELY(im))
 		n += arrived(s, t, im);
-	if (t->fast)
+	if (t->fast) {
+		settle(s, t);
 		(void)fast_up_flush(t->fast); /* what is left waits for what it asked for */
+	}
 	if (t->pcap) {
 		rn_pcap_flush(t->pcap);
 		count_pcap(s, t);
@@ -404,6 +443,7 @@ int stage_guest_tx_promote(struct rn_stage *s, void *flows, uint64_t flows_size,
 	struct stage_guest_tx *t = s->priv;
 
 	t->fast = fast_up_new(s, &t->link, flows, flows_size, cfg);
+	t->bypass = cfg->bypass;
 	if (!t->fast)
 		return s->error[0] ? -EINVAL : rn_fail(s, -ENOMEM, "guest_tx: out of memory");
 	return 0;

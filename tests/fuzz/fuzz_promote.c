@@ -39,6 +39,7 @@
 #define PPORT 80u
 #define WSCALE 5u
 #define MAX (1u << 18) /* bytes each way */
+#define HELD_MAX 16 /* frames, fast_up_internal.h */
 #define START_NS 1000000000000ull
 enum { TX, EGRESS, RX, CLASSIFY, ROWS };
 
@@ -62,8 +63,9 @@ static struct target {
 	uint32_t believed, wl1; /* the edge as the guest sees it, and SND.WL1 */
 	uint32_t offered, claimed; /* edge of the guest's window, and what it acknowledged, their highest */
 	uint32_t host_wrote, host_read;
+	uint32_t nheld, held_bytes; /* read, and not sent to the host yet */
 	int odd, full, broke;
-	uint64_t inputs, up_bytes, down_bytes, acks, relent, restarts, scribbled;
+	uint64_t inputs, up_bytes, down_bytes, acks, relent, restarts, scribbled, trains;
 } t;
 
 static int lt(uint32_t a, uint32_t b)
@@ -241,10 +243,13 @@ static void begin_turn(struct rn_stage *s)
 	s->now = t.now;
 }
 
+static void settle(void);
+
 static void turn_tx(void)
 {
 	uint32_t owed;
 
+	settle();
 	begin_turn(t.tx);
 	events(t.tx, tell_up, t.up);
 	(void)fast_up_flush(t.up);
@@ -271,13 +276,47 @@ static void turn_rx(void)
 
 /* --- guest --- */
 
-static void segment(uint8_t flags, uint32_t seq, uint32_t ack, uint16_t wnd, uint32_t len, uint32_t optlen, uint32_t cut)
+/* What is held goes to the host. Also in the middle of a guest's burst: it is what the stage does with a frame behind it. */
+static void settle(void)
 {
-	static uint8_t buf[RN_VNET_HLEN + 2 + 70000];
-	uint8_t *f = buf + RN_VNET_HLEN + 2, *th = f + 34;
+	const struct fast_frame *h;
+	uint32_t before = t.f->up.rcv_nxt, next = before, held = 0, n;
+
+	begin_turn(t.tx);
+	n = fast_up_settle(t.up, &h);
+	must(n == t.nheld, "as many as were held");
+	for (uint32_t k = 0; k < n; k++) {
+		uint32_t seq = rn_get32(h[k].eth + 34 + RN_TCP_SEQ), len = h[k].p.payload_len;
+
+		if (seq == next && h[k].done)
+			next += len;
+		else if (seq == next && !held)
+			held = len; /* which the host may have taken a part of, or all, with its acknowledgment left to egress */
+		if (!h[k].done)
+			fast_up_sent(t.up);
+	}
+	t.nheld = t.held_bytes = 0;
+	rn_stage_end(t.tx);
+	drain();
+	if (!t.odd && t.f->gen == 1) {
+		must(!lt(t.f->up.rcv_nxt, next) && t.f->up.rcv_nxt - next <= held, "only what was sent, and in order");
+		t.up_bytes += t.f->up.rcv_nxt - before;
+	}
+	if (n > 1)
+		t.trains++;
+	if (atomic_load(&t.f->up.owner) == rn_owner(EGRESS))
+		relend(); /* the socket did not take it all */
+}
+
+/* @more: 1: more is to be read before what is held goes to the host */
+static void segment(uint8_t flags, uint32_t seq, uint32_t ack, uint16_t wnd, uint32_t len, uint32_t optlen, uint32_t cut, int more)
+{
+	static uint8_t buf[HELD_MAX + 1][RN_VNET_HLEN + 2 + 70000];
+	uint8_t *f = buf[t.nheld] + RN_VNET_HLEN + 2, *th = f + 34;
 	struct rn_vnet_hdr v = { .flags = RN_VNET_NEEDS_CSUM, .csum_start = 34, .csum_offset = RN_TCP_SUM };
 	uint32_t l4 = 20 + optlen + len, before = t.f->up.rcv_nxt;
 	uint32_t edge = ack + ((uint32_t)wnd << WSCALE);
+	enum fast_up_way way;
 	struct rn_parsed p;
 
 	rn_ip4_build(f, gateway_mac, guest_mac, guest, gateway, RN_IPPROTO_TCP, 64, 0, RN_IP4_DF, l4);
@@ -310,7 +349,25 @@ static void segment(uint8_t flags, uint32_t seq, uint32_t ack, uint16_t wnd, uin
 	if (fast_up_open(t.up)) {
 		uint32_t total = 34 + l4;
 
-		if (fast_up_take(t.up, f, cut < total ? total - cut : 0, RN_DESC_VNET, &p) != FAST_UP_DONE)
+		way = fast_up_take(t.up, f, cut < total ? total - cut : 0, RN_DESC_VNET, 0, &p);
+		if (way == FAST_UP_BEHIND) {
+			must(t.nheld, "behind something");
+			settle();
+			before = t.f->up.rcv_nxt;
+			begin_turn(t.tx);
+			if (!fast_up_open(t.up))
+				return;
+			way = fast_up_take(t.up, f, cut < total ? total - cut : 0, RN_DESC_VNET, 0, &p);
+			must(way != FAST_UP_BEHIND && way != FAST_UP_HELD, "behind nothing any more");
+		}
+		if (way == FAST_UP_HELD) {
+			must(++t.nheld <= HELD_MAX, "no more than can be held");
+			t.held_bytes += p.payload_len;
+			if (!more || fast_up_full(t.up))
+				settle();
+			return;
+		}
+		if (way != FAST_UP_DONE)
 			fast_up_sent(t.up);
 	}
 	rn_stage_end(t.tx);
@@ -322,7 +379,7 @@ static void segment(uint8_t flags, uint32_t seq, uint32_t ack, uint16_t wnd, uin
 		t.up_bytes += took;
 	}
 	if (atomic_load(&t.f->up.owner) == rn_owner(EGRESS))
-		relend(); /* the socket did not take it all */
+		relend();
 }
 
 /* --- host --- */
@@ -479,6 +536,7 @@ static void begin(struct input *in)
 	t.now = t.since = START_NS;
 	t.host_wrote = t.host_read = 0;
 	t.odd = t.full = t.broke = 0;
+	t.nheld = t.held_bytes = 0;
 	tcp_pair();
 	make_flow(in);
 	start_tx(1);
@@ -522,7 +580,7 @@ static void come_to_rest(void)
 
 		if (t.odd || t.broke)
 			return;
-		segment(RN_TH_ACK, t.f->up.rcv_nxt, t.seen, 2047, lt(t.f->up.rcv_nxt, up_end) ? 1000 : 0, 0, 0);
+		segment(RN_TH_ACK, t.f->up.rcv_nxt, t.seen, 2047, lt(t.f->up.rcv_nxt, up_end) ? 1000 : 0, 0, 0, 0);
 		turn_tx();
 		turn_rx();
 		host_read(1 << 20);
@@ -561,8 +619,9 @@ static void restart(struct input *in)
 
 	/* Killed at work on a half, or not: nothing was under way in the socket, so there is nothing to repair. */
 	if (which & 1) {
-		fast_up_free(t.up);
+		fast_up_free(t.up); /* with what it held: the guest sends that once more */
 		rn_stage_free(t.tx);
+		t.nheld = t.held_bytes = 0;
 		which &= atomic_load(&t.f->up.owner) == rn_owner(TX) ? 3u : 1u; /* an owner only is at work */
 		if (which & 2)
 			atomic_fetch_or(&t.f->up.owner, RN_OWNER_BUSY);
@@ -593,15 +652,16 @@ static void operation(struct input *in)
 	case 1:
 	case 2: /* what a guest sends nearly always */
 		a = u16(in) % 3000;
-		segment(RN_TH_ACK | (op & 16 ? RN_TH_PSH : 0), t.f->up.rcv_nxt, t.seen, (uint16_t)u16(in), a, 0, 0);
+		segment(RN_TH_ACK | (op & 16 ? RN_TH_PSH : 0), t.f->up.rcv_nxt + t.held_bytes, t.seen, (uint16_t)u16(in), a, 0, 0,
+			!!(op & 32));
 		break;
 	case 3: /* anything */
 		a = u8(in);
 		segment((uint8_t)a, t.f->up.rcv_nxt + (uint32_t)(int16_t)u16(in), t.seen + (uint32_t)(int8_t)u8(in), (uint16_t)u16(in),
-			u16(in) % 2000, u8(in) % 11 * 4, u8(in) % 60);
+			u16(in) % 2000, u8(in) % 11 * 4, u8(in) % 60, op >> 7);
 		break;
 	case 4:
-		segment(RN_TH_ACK, t.f->up.rcv_nxt, t.seen - u16(in) % 5000, (uint16_t)u16(in), 0, 0, 0);
+		segment(RN_TH_ACK, t.f->up.rcv_nxt, t.seen - u16(in) % 5000, (uint16_t)u16(in), 0, 0, 0, 0);
 		break;
 	case 5:
 	case 6:
@@ -637,6 +697,7 @@ static void operation(struct input *in)
 	case 15: {
 		struct rn_desc d = { .off = u8(in) % 4, .len = u8(in) % 3, .flags = rn_fn_flags((enum rn_flow_notice)(u8(in) % 12)) };
 
+		settle();
 		/* What no egress says of a flow that lives. */
 		if (rn_fn_of(&d) == RN_FN_CLOSE || rn_fn_of(&d) == RN_FN_RESET)
 			t.odd = 1;
@@ -673,7 +734,7 @@ size_t fuzz_generate(uint8_t *buf, size_t cap)
 
 void fuzz_report(void)
 {
-	printf("inputs %llu\nup_bytes %llu\ndown_bytes %llu\nacks %llu\nrelent %llu\nrestarts %llu\nscribbled %llu\n",
+	printf("inputs %llu\nup_bytes %llu\ndown_bytes %llu\nacks %llu\nrelent %llu\nrestarts %llu\nscribbled %llu\ntrains %llu\n",
 	       (unsigned long long)t.inputs, (unsigned long long)t.up_bytes, (unsigned long long)t.down_bytes, (unsigned long long)t.acks,
-	       (unsigned long long)t.relent, (unsigned long long)t.restarts, (unsigned long long)t.scribbled);
+	       (unsigned long long)t.relent, (unsigned long long)t.restarts, (unsigned long long)t.scribbled, (unsigned long long)t.trains);
 }

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import select
+import signal
 import socket
 import struct
 import threading
@@ -446,11 +447,68 @@ def test_a_slow_reader_loses_nothing_and_costs_nothing(wire: Wire) -> None:
         both_ways(g, host)
 
 
+@contextlib.contextmanager
+def stands_still(wire: Wire, stage: str) -> Iterator[None]:
+    """What is sent to the stage meanwhile, it finds together."""
+    pid = wire.session.stages()[stage]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_segments_that_came_together_go_in_one_call(wire: Wire) -> None:
+    """Those of a flow, in their order, whatever came between them; a FIN does not overtake them."""
+    rnd = random.Random(4)
+    with promoted(wire) as (a, host_a), promoted(wire) as (b, host_b):
+        wire.fence()
+        before = wire.counters("guest_tx")
+        sent_a, sent_b = ([rnd.randbytes(1400) for _ in range(6)] for _ in "ab")
+        with stands_still(wire, "guest_tx"):
+            for one, other in zip(sent_a, sent_b, strict=True):  # in turn, so that the link makes no super-frames of them
+                a.push(one)
+                b.push(other)
+            a.push(b"", FIN)
+        assert read_exactly(host_a, 6 * 1400) == b"".join(sent_a) and host_a.recv(1) == b""
+        assert read_exactly(host_b, 6 * 1400) == b"".join(sent_b)
+        a.wait_ack()  # of the FIN, by egress
+        a.fence()
+        after = wire.counters("guest_tx")
+        assert after["tcp_fast_sends"] - before["tcp_fast_sends"] == 2
+        assert after["tcp_fast_up_bytes"] - before["tcp_fast_up_bytes"] == 12 * 1400
+        host_a.sendall(b"bye")
+        assert a.pull(3) == b"bye"
+
+
+def test_what_came_together_and_is_not_all_in_order_loses_nothing(wire: Wire) -> None:
+    """One is missing, one came twice, one is past the window: what is in order is taken, the rest as by egress."""
+    rnd = random.Random(5)
+    parts = [rnd.randbytes(1100 + 50 * k) for k in range(6)]  # a longer one is not put behind a shorter one by the link
+    at = [sum(map(len, parts[:k])) for k in range(7)]
+    with promoted(wire) as (g, host):
+        wire.fence()
+        first = g.snd_nxt
+        with stands_still(wire, "guest_tx"):
+            for k in (0, 1, 1, 3, 4):
+                g.send(ACK, parts[k], seq=first + at[k])
+            g.send(ACK, b"z" * 1400, seq=first + (1 << 26))
+        assert read_exactly(host, at[2]) == parts[0] + parts[1]
+        g.wait_ack(first + at[2])
+        g.send(ACK, parts[2], seq=first + at[2])
+        assert read_exactly(host, at[5] - at[2]) == b"".join(parts[2:5])
+        g.snd_nxt = (first + at[5]) & M32
+        g.wait_ack()
+        settle(wire, g, host)
+        both_ways(g, host)
+
+
 OTHER = bytes.fromhex("5254ab000009")
 
 
-def test_the_guest_changes_its_mac_address(wire: Wire) -> None:
+def test_the_guest_changes_its_mac_address(wire: Wire, make_wire: Callable[..., Wire]) -> None:
     """After two segments from the new one every frame goes there, whoever writes it, and the flow is promoted as before."""
+    wire = make_wire(promote=2)  # whose last frames to that address come to no other test
     with promoted(wire) as (g, host):
         both_ways(g, host)
         g.mac = OTHER
