@@ -6,8 +6,8 @@
  *
  * Trains. A sender with an open window sends one super-frame behind the other, and a call of sendmsg() for each costs a lock,
  * a look whether to transmit, and a wake of who reads at the other end. So segments of LEAST bytes and more are held, in the
- * buffers that the link put them into, while there are more to read; those of a flow go to its socket in one call. No more
- * than BYTES are held: what was read must still be in the second-level cache when it is sent. Nothing of a flow overtakes
+ * buffers that the link put them into, while there are more to read; those of a flow go to its socket in one call. Of a flow
+ * no more than BYTES are: what was read must still be in the second-level cache when it is sent. Nothing of a flow overtakes
  * what is held of it, and nothing is held past the end of a turn.
  *
  * system calls: sendto, sendmsg
@@ -19,7 +19,7 @@
 
 #define MISSES 8u
 #define LEAST 1024u /* frame, bytes: less is a message that somebody waits for */
-#define BYTES (512u << 10)
+#define BYTES (512u << 10) /* of a flow */
 
 enum verdict { EGRESS, TAKEN, DATA };
 
@@ -181,13 +181,13 @@ void fast_train_hold(struct fast_up *u, uint32_t i, const struct fast_frame *h)
 {
 	u->held[u->nheld] = *h;
 	u->held[u->nheld++].flow = i;
-	u->held_bytes += h->len;
-	u->flow[i].held = 1;
+	u->flow[i].held += h->len;
+	u->long_train |= u->flow[i].held >= BYTES;
 }
 
 int fast_up_full(const struct fast_up *u)
 {
-	return u->nheld == FAST_TRAIN || u->held_bytes >= BYTES;
+	return u->nheld == FAST_TRAIN || u->long_train;
 }
 
 uint32_t fast_up_settle(struct fast_up *u, const struct fast_frame **frames)
@@ -206,7 +206,8 @@ uint32_t fast_up_settle(struct fast_up *u, const struct fast_frame **frames)
 		u->flow[i].held = 0;
 		take(u, i, train, len);
 	}
-	u->nheld = u->held_bytes = 0;
+	u->nheld = 0;
+	u->long_train = 0;
 	*frames = u->held;
 	return n;
 }

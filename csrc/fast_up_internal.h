@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define NONE UINT32_MAX
-#define FAST_TRAIN 16u /* frames held at most */
+#define FAST_TRAIN 32u /* frames held at most */
 
 #define SEQ_LT(a, b) ((int32_t)((a) - (b)) < 0)
 #define SEQ_GT(a, b) ((int32_t)((a) - (b)) > 0)
@@ -64,7 +64,7 @@ struct fast_flow {
 	uint32_t misses;       /* early segments in a row */
 	uint32_t lacks_next, lacks_gen; /* of one whose socket did not come, while egress is to be told */
 	uint8_t lacks;
-	uint8_t held;	       /* 1: frames of it are held */
+	uint32_t held;	       /* bytes of its frames that are held */
 	uint32_t sndbuf;
 	struct fast_turn turn;
 };
@@ -86,7 +86,8 @@ struct fast_up {
 	uint64_t barrier_until; /* 0: none is out */
 	uint16_t ip_id;
 	struct fast_frame held[FAST_TRAIN]; /* as they came */
-	uint32_t nheld, held_bytes;
+	uint32_t nheld;
+	int long_train; /* 1: a flow has as much there as it may */
 	struct udp_batch *udp; /* fast_udp_up.c */
 	struct fast_turns turns;
 	uint8_t reset; /* 1: egress is still to be told that this is a new process */

@@ -39,7 +39,7 @@
 #define PPORT 80u
 #define WSCALE 5u
 #define MAX (1u << 18) /* bytes each way */
-#define HELD_MAX 16 /* frames, fast_up_internal.h */
+#define HELD_MAX 32 /* frames, fast_up_internal.h */
 #define START_NS 1000000000000ull
 enum { TX, EGRESS, RX, CLASSIFY, ROWS };
 
