@@ -15,6 +15,8 @@
  * Watch. Flows with something in flight are in a list that is walked each WATCH_NS as long as it is not empty: those whose
  * all was acknowledged leave it, those over their timeout go back. So an idle flow costs nothing.
  *
+ * Many receivers: fast_bound.c.
+ *
  * system calls: recvfrom, recvmsg, setsockopt (host sockets), recvmsg (sockets from egress), epoll_ctl, close
  */
 #include "fast_down_internal.h"
@@ -59,6 +61,7 @@ struct fast_down *fast_down_new(struct rn_stage *s, void *flows, uint64_t flows_
 	d->me = rn_owner(s->row);
 	d->egress = rn_owner(s->out_row[RN_ROLE_BRIDGE]);
 	d->run = d->run_tail = d->watch = d->lacks = d->said = NONE;
+	fast_bound_init(d);
 	d->frame = 65535u - RN_IP4_HLEN - RN_TCP_HLEN;
 	d->flow = calloc(d->nflows, sizeof(*d->flow));
 	if (!d->flow || rn_flows_size(d->nflows) > flows_size) {
@@ -133,6 +136,7 @@ static void let_go(struct fast_down *d, uint32_t i)
 	struct down_flow *q = &d->flow[i];
 
 	unwatch(d, i);
+	fast_bound_lift(d, q);
 	(void)epoll_ctl(d->s->epfd, EPOLL_CTL_DEL, q->fd, NULL); /* others hold the socket too: a close would leave it there */
 	close(q->fd);
 	q->proto = 0; /* if it is in the run list, it falls out there */
@@ -173,6 +177,8 @@ static int take_in(struct fast_down *d, const struct rn_pass *p, int fd)
 	q->peek_off = p->peek_off;
 	q->scaled = p->window_scaled;
 	q->readable = q->hup = q->urgent = 0;
+	q->bound = 0;
+	rn_crowd_join(&d->crowd, &q->crowd);
 	d->n++;
 	return 0;
 }
@@ -226,6 +232,7 @@ static int give_back(struct fast_down *d, uint32_t i)
 	if (rn_stage_notice(d->s, RN_ROLE_BRIDGE, rn_fn_flags(RN_FN_BACK), i, f->gen))
 		return -EAGAIN;
 	unwatch(d, i);
+	fast_bound_lift(d, &d->flow[i]);
 	d->s->c[RN_C_promote_returned]++;
 	rn_half_leave(&f->down.owner, d->egress);
 	return 0;
@@ -323,6 +330,7 @@ static int take_acks(struct fast_down *d, uint32_t i, struct rn_flow *f, uint64_
 	RN_SHOW(f->down.snd_una, ack);
 	f->down.bytes += n;
 	d->s->c[RN_C_tcp_fast_down_bytes] += n;
+	fast_bound_taken(d, q, n);
 	q->since = d->s->now;
 	if (q->rtt_ns && SEQ_LE(q->rtt_seq, ack)) {
 		uint64_t came = atomic_load_explicit(&f->acks.at_ns, memory_order_relaxed);

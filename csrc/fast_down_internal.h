@@ -1,8 +1,9 @@
-/* fast_down_internal.h - what fast_down.c (which flow, TCP) and fast_udp_down.c share. Nobody else includes it. */
+/* fast_down_internal.h - what fast_down.c (which flow, TCP), fast_bound.c and fast_udp_down.c share. Nobody else includes it. */
 #ifndef RN_FAST_DOWN_INTERNAL_H
 #define RN_FAST_DOWN_INTERNAL_H
 
 #include "fast_down.h"
+#include "rn_crowd.h"
 #include "rn_peek.h"
 #include "rn_promote.h"
 #include "rn_tcpseg.h"
@@ -30,6 +31,8 @@ struct down_flow {
 	uint8_t hup;	  /* 1: its end was told; a peek that finds nothing is that end */
 	uint8_t urgent;	  /* 1: urgent data came: egress's */
 	uint8_t running, watched, lacks; /* in the lists */
+	uint8_t bound;	  /* 1: the kernel does not grow the socket's receive buffer */
+	struct rn_crowd_flow crowd;
 };
 
 struct fast_down {
@@ -43,6 +46,7 @@ struct fast_down {
 	struct down_flow *flow; /* same index as in the table */
 	uint32_t run, run_tail, watch, lacks;
 	uint64_t watch_at;
+	struct rn_crowd crowd; /* of those that receive */
 	uint16_t ip_id;
 	uint8_t reset;	  /* 1: egress is still to be told that this is a new process */
 	uint32_t said, said_gen; /* TCP flow that the frame in buf is of, NONE: no matter, */
@@ -51,6 +55,11 @@ struct fast_down {
 	struct rn_peek_skip *skip; /* made at the first flow that needs it */
 	uint8_t buf[BUF_ETH + RN_FRAME_MAX + 64];
 };
+
+/* fast_bound.c */
+void fast_bound_init(struct fast_down *d);
+void fast_bound_taken(struct fast_down *d, struct down_flow *q, uint32_t n); /* @n bytes arrived at the guest */
+void fast_bound_lift(struct fast_down *d, struct down_flow *q); /* the socket is no more ours to run */
 
 /* fast_udp_down.c */
 void fast_udp_begin(struct fast_down *d, struct down_flow *q); /* the mapping was offered */

@@ -13,25 +13,19 @@
  * not keep others waiting; that is far more than what is open takes when it is sent in pieces of 2 KiB, else there would be
  * more and more open, and it never got better.
  *
- * The number of senders counts them by what they send, (sum x)^2 / sum x^2: one that sends beside a hundred that ask and
- * answer is no crowd, and has its window for itself once it has sent a QUANTUM; until then it could be one of many that
- * begin at once. That there are many is seen at once, that there are not only over an epoch: with windows of megabytes, one
- * after another, few are seen at a time however many there are. An epoch ends with time as well: what other stages do because
- * of a crowd (tcp_up.c) must not last when nothing more is sent here.
+ * What is a crowd: rn_crowd.h. One that sends beside a hundred that ask and answer has its window for itself once it has
+ * sent a QUANTUM; until then it could be one of many that begin at once. Other stages do something because of it too (tcp_up.c).
  */
 #include "fast_up_internal.h"
 
 #define QUANTUM (64u << 10)	/* bytes at least: a super-frame */
 #define QUANTA 4u		/* a turn */
-#define ONSET (1u << 20)	/* bytes that show a crowd */
-#define EPOCH (8u << 20)	/* bytes, and */
-#define EPOCH_NS 500000000ull	/* ns at least, that show that there is none */
-#define EPOCH_MAX_NS 2000000000ull /* less than ONSET in that time is no crowd */
 #define TURN_NS 50000000ull
 
-static void set_crowded(struct fast_up *u, int on)
+static void say_crowded(struct fast_up *u)
 {
-	u->turns.crowded = on;
+	int on = u->turns.crowd.crowded;
+
 	u->s->c[RN_C_now_tcp_crowded] = (uint64_t)on;
 	/* relaxed: egress's tcp_update_window() guesses with it */
 	atomic_store_explicit(&u->flows->crowd, on ? u->turns.quantum : 0, memory_order_relaxed);
@@ -45,7 +39,8 @@ void fast_turns_init(struct fast_up *u)
 	t->quantum = 2 * mtu < QUANTUM ? QUANTUM : 2 * mtu;
 	t->used_up = 2 * mtu < t->quantum / 2 ? 2 * mtu : t->quantum / 2; /* a segment at least: else nobody could send that */
 	t->open_first = t->open_last = t->wait_first = t->wait_last = t->now = NONE;
-	set_crowded(u, 0); /* as it may be what a predecessor found */
+	t->crowd.many = RN_CROWD;
+	say_crowded(u); /* as it may be what a predecessor found */
 }
 
 void fast_turns_close(struct fast_up *u, uint32_t i)
@@ -61,26 +56,10 @@ void fast_turns_close(struct fast_up *u, uint32_t i)
 	*(x->next == NONE ? &t->open_last : &u->flow[x->next].turn.prev) = x->prev;
 }
 
-static int many(const struct fast_turns *t)
-{
-	return t->sum * t->sum >= RN_CROWD * t->squares;
-}
-
-static void end_epoch(struct fast_up *u)
-{
-	struct fast_turns *t = &u->turns;
-
-	if (t->crowded && (t->sum < ONSET || !many(t)))
-		set_crowded(u, 0);
-	t->sum = t->squares = 0;
-	t->began = u->s->now;
-	t->epoch++;
-}
-
 void fast_turns_start(struct fast_up *u, uint32_t i, uint32_t rcv_nxt)
 {
 	u->flow[i].turn.rcv_nxt = rcv_nxt;
-	u->flow[i].turn.epoch = u->turns.epoch - 1; /* nothing in this one: the entry may have been another flow's */
+	rn_crowd_join(&u->turns.crowd, &u->flow[i].turn.crowd);
 }
 
 /* Flow @i has sent up to @rcv_nxt: how many share the way, and what is left of its turn. */
@@ -90,20 +69,9 @@ static void sent(struct fast_up *u, uint32_t i, uint32_t rcv_nxt, uint32_t wnd)
 	struct fast_turn *x = &u->flow[i].turn;
 	uint32_t len = rcv_nxt - x->rcv_nxt;
 
-	if (RN_UNLIKELY(u->s->now - t->began >= EPOCH_MAX_NS))
-		end_epoch(u); /* many that send a little, for hours, are no crowd */
 	x->rcv_nxt = rcv_nxt;
-	if (x->epoch != t->epoch) {
-		x->epoch = t->epoch;
-		x->sent = 0;
-	}
-	t->squares += (double)len * (2.0 * x->sent + len); /* (sent + len)^2 - sent^2 */
-	t->sum += len;
-	x->sent += len;
-	if (t->sum >= ONSET && !t->crowded && many(t))
-		set_crowded(u, 1);
-	if (t->sum >= EPOCH && u->s->now - t->began >= EPOCH_NS)
-		end_epoch(u);
+	if (RN_UNLIKELY(rn_crowd_sent(&t->crowd, &x->crowd, len, u->s->now)))
+		say_crowded(u);
 	if (x->open && wnd < t->used_up && !x->credit) {
 		fast_turns_close(u, i);
 	} else if (x->open && wnd < x->left) {
@@ -118,7 +86,7 @@ enum fast_turn_may fast_turns_may(struct fast_up *u, uint32_t i, uint32_t rcv_nx
 	struct fast_turn *x = &u->flow[i].turn;
 
 	sent(u, i, rcv_nxt, wnd);
-	if (!t->crowded && (u->n < RN_CROWD || x->sent >= t->quantum))
+	if (!t->crowd.crowded && (u->n < RN_CROWD || x->crowd.sent >= t->quantum))
 		return FAST_TURN_FREE;
 	if (u->flow[i].told_window)
 		return FAST_TURN_NOW; /* of its room the kernel tells once */
@@ -162,13 +130,13 @@ uint32_t fast_turns_next(struct fast_up *u)
 {
 	struct fast_turns *t = &u->turns;
 
-	if (RN_UNLIKELY(t->crowded && u->s->now - t->began >= EPOCH_MAX_NS))
-		end_epoch(u);
+	if (RN_UNLIKELY(t->crowd.crowded && rn_crowd_overdue(&t->crowd, u->s->now)) && rn_crowd_next(&t->crowd, u->s->now))
+		say_crowded(u);
 	if (RN_LIKELY(t->wait_first == NONE))
 		return NONE;
 	while (t->open_first != NONE && u->s->now >= u->flow[t->open_first].turn.until)
 		fast_turns_close(u, t->open_first);
-	return (t->crowded || u->n >= RN_CROWD) && t->open + t->quantum > RN_CROWD_OPEN ? NONE : t->wait_first;
+	return (t->crowd.crowded || u->n >= RN_CROWD) && t->open + t->quantum > RN_CROWD_OPEN ? NONE : t->wait_first;
 }
 
 void fast_turns_done(struct fast_up *u)
@@ -185,7 +153,7 @@ void fast_turns_done(struct fast_up *u)
 uint64_t fast_turns_deadline(const struct fast_up *u)
 {
 	const struct fast_turns *t = &u->turns;
-	uint64_t at = t->crowded ? t->began + EPOCH_MAX_NS : UINT64_MAX;
+	uint64_t at = t->crowd.crowded ? t->crowd.began + RN_CROWD_EPOCH_MAX_NS : UINT64_MAX;
 
 	/* The turn that ends next makes room for the next one, unless it is used before. */
 	if (t->wait_first != NONE && t->open_first != NONE && u->flow[t->open_first].turn.until < at)

@@ -3,6 +3,7 @@
 #define RN_FAST_UP_INTERNAL_H
 
 #include "fast_up.h"
+#include "rn_crowd.h"
 #include "rn_promote.h"
 #include "rn_tcpseg.h"
 
@@ -19,7 +20,8 @@
 struct udp_batch; /* fast_udp_up.c */
 
 struct fast_turn { /* of a flow: fast_turns.c */
-	uint32_t rcv_nxt, epoch, sent; /* as last seen; bytes in that epoch */
+	uint32_t rcv_nxt; /* as last seen */
+	struct rn_crowd_flow crowd;
 	uint32_t left, credit;	       /* bytes of an open turn that are not used: of window, and that are still to be opened */
 	uint32_t prev, next, wait_next;
 	uint8_t open, waits;
@@ -32,10 +34,7 @@ struct fast_turns {
 	uint32_t quantum, used_up;	/* bytes of window at a time, and which is too little to count */
 	uint32_t open;			/* bytes, of all */
 	uint32_t now;			/* the flow whose turn it is just now, or NONE */
-	uint32_t epoch;
-	int crowded;
-	double sum, squares; /* of what the flows sent in this epoch, bytes */
-	uint64_t began;	     /* that one, CLOCK_MONOTONIC ns */
+	struct rn_crowd crowd;
 };
 
 struct fast_flow {
