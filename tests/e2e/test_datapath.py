@@ -17,6 +17,7 @@ from e2e.test_vm import GATEWAY, GATEWAY_MAC, arp_request
 from pipeline import api
 from pipeline.config import ConfigError
 from pipeline.datapath import Cancellation, Datapath, DatapathError, create_datapath
+from tests.fds import open_fds
 
 
 def answers(net: Datapath) -> bool:
@@ -56,11 +57,11 @@ def test_close_ends_one_and_a_token_all() -> None:
 
 
 def test_many_datapaths_leave_no_descriptor_and_no_process() -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_fds()
     for _ in range(3):
         with create_datapath() as net:
             assert answers(net)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 def test_it_ends_with_its_vmm(tmp_path: Path) -> None:
@@ -80,10 +81,10 @@ def test_it_ends_with_its_vmm(tmp_path: Path) -> None:
 def test_wrong_settings_are_named_here() -> None:
     for options, why in (({"mtu": 10}, "--mtu 10: not within"), ({"hosts": {"-": "192.0.2.1"}}, "not a domain name"),
                          ({"options": {"tcp-ports": ["x"]}}, "--tcp-ports"), ({"options": {"no-such": 1}}, "--no-such 1: unknown option")):
-        before = set(os.listdir("/proc/self/fd"))
+        before = open_fds()
         with pytest.raises(ConfigError, match=why):
             create_datapath(**options)  # type: ignore[arg-type]
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert open_fds() == before
 
 
 def test_what_cannot_be_set_up_is_said(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from pipeline.messages import VERSION, Cancel, Channel, Configure, Ended, Exit, 
 from pipeline.monitor import stage_facts, stage_table
 from pipeline.supervisor import Child, Deadlines, Link, Result, Session, SessionError, Signals
 from pipeline.topology import TOPOLOGY, Feature
+from tests.fds import open_fds
 
 TOPO = TOPOLOGY.only(frozenset({Feature.NIC1}))
 NAMES = [s.name for s in TOPO.stages]
@@ -71,10 +72,10 @@ def ends() -> Iterator[GuestEnd]:
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """This process has the descriptors and children it had, and /dev/shm has no name of ours."""
-    fds = set(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
     yield
-    assert set(os.listdir("/proc/self/fd")) == fds
+    assert open_fds() == fds
     assert Path(f"/proc/self/task/{os.getpid()}/children").read_text() == children
     assert shm_left() == set()
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.messages import Exit, StageExit
+from tests.fds import open_fds
 
 REPO = Path(__file__).resolve().parent.parent.parent
 
@@ -63,11 +64,11 @@ RUN_TIME = [
 
 @pytest.mark.parametrize(("line", "says"), RUN_TIME, ids=[line for line, _ in RUN_TIME])
 def test_what_only_running_shows(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_fds()
     assert cli.main(line.split()) == Exit.RUNTIME
     err = capsys.readouterr().err
     assert says in err and err.startswith("ringnet: ") and err.count("\n") == 1, err
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
 
 
 @pytest.mark.parametrize("line", ["", "nobody", "nobody --control-fd 0", "egress --session", "egress --control-fd x",

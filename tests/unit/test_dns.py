@@ -4,7 +4,6 @@ Time is injected: a test moves the clock past a timeout and steps the loop. A st
 """
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections import Counter
@@ -24,6 +23,7 @@ from pipeline.services.dns import DnsForwarder, Limits
 from pipeline.services.hosts import HostsTable
 from pipeline.services.loop import Loop
 from pipeline.services.resolv import Upstream
+from tests.fds import open_fds
 
 
 class Clock:
@@ -680,14 +680,14 @@ def test_equal_queries_wait_for_one_reply(lab):
 def test_sockets_are_closed_when_a_query_ends(lab):
     a, b = lab.server(), lab.server()
     lab.use(a, b)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     for n in range(5):
         lab.ask(query(f"n{n}.example."))
     lab.later(1.1)
-    assert len(os.listdir("/proc/self/fd")) == before + 10
+    assert len(open_fds()) == before + 10
     lab.later(4)
     assert len(lab.replies) == 5
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before
 
 
 # --- cache ---
@@ -1079,7 +1079,7 @@ def test_tcp_over_the_limit_gets_servfail(labs):
 
 
 def test_close_leaves_no_descriptor(labs):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     lab = Lab()
     lab.use(lab.server())
     s = Stream(lab)
@@ -1088,4 +1088,4 @@ def test_close_leaves_no_descriptor(labs):
     lab.wait(lambda: lab.dns.under_way == 2)
     lab.close()
     s.sock.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shm._dataplane import ffi, lib
+from tests.fds import open_fds
 from tests.harness import (
     GATEWAY,
     GATEWAY_MAC,
@@ -97,14 +98,14 @@ def test_eviction_takes_the_least_recently_used(udp_max, ports):
 @pytest.mark.fault(29)
 @pytest.mark.parametrize("bound", [{"flows": 4}, {"nfile": EG_FD_RESERVE + 4}], ids=["flow table", "descriptors"])
 def test_a_full_table_makes_room_for_the_newest(bound):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     with EgressOnly(**bound) as guest, udp_server() as server:
         for port in range(6000, 6020):
             guest.send_udp(port, server.getsockname()[1], b"%d" % port)
             assert server.recvfrom(10)[0] == b"%d" % port
         assert sorted(f.guest_port for f in guest.flows()) == [6016, 6017, 6018, 6019]
         assert guest.counters()["drop_udp_table"] == 0
-    assert len(os.listdir("/proc/self/fd")) == before, "a descriptor was left open"
+    assert len(open_fds()) == before, "a descriptor was left open"
 
 
 def test_a_dead_mapping_leaves_nothing_queued():

@@ -35,6 +35,7 @@ from pipeline.messages import (
     decode,
     encode,
 )
+from tests.fds import open_fds
 
 WORDS = st.text(max_size=20)
 COUNT = st.integers(0, 2**64 - 1)
@@ -107,10 +108,6 @@ def pair() -> Iterator[tuple[Channel, Channel]]:
 def configure(*fds: str) -> Configure:
     return Configure(version=1, stage="egress", row=2, generation=0, session_size=1, arena_size=1, has_part=True,
                      flows_size=0, inputs=(), outputs=(), fds=fds, config=msgspec.Raw(b"\x80"))
-
-
-def open_fds() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
 
 
 def test_descriptors_come_in_order_and_close_on_exec(pair: tuple[Channel, Channel]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.services.loop import Loop
 from pipeline.services.resolv import ResolvWatcher, Upstream, parse_nameservers
+from tests.fds import open_fds
 
 
 def test_nameserver_lines():
@@ -195,7 +196,7 @@ def test_undecodable_bytes_are_read_around(watch, tmp_path):
 
 
 def test_close_leaves_no_descriptor(tmp_path):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     w = Watch(tmp_path / "resolv.conf")
     w.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before

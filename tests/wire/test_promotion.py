@@ -47,6 +47,7 @@ def settle(wire: Wire, g: GuestTcp, host: socket.socket) -> None:
         assert read_exactly(host, 1) == b"s"
         g.wait_ack()
         if owners(wire, g.sport) == THERE:
+            g.fence()  # the word is written before the notice that says so: now that has come as well
             return
         assert time.monotonic() < end, f"not promoted: {owners(wire, g.sport)}"
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.proxies import Bypass, Plan, parse_url
 from shm._dataplane import ffi, lib
+from tests.fds import open_fds
 from tests.harness import DEADLINE, GATEWAY, TCP, UDP, EgressOnly, closed_tcp_port, fresh_port, quoted, udp_server
 from tests.netlab import Netns
 from tests.proxy_servers import HttpProxy, Proxy, RawProxy, SocksProxy
@@ -442,7 +443,7 @@ def test_an_association_ends_with_its_connection_and_the_next_datagram_makes_ano
 
 
 def test_an_idle_association_is_closed() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     with udp_server() as server, SocksProxy(route=lambda h, p: server.getsockname()) as proxy, \
             EgressOnly(proxy=plan(proxy.url)) as guest:
         guest.send_udp(fresh_port(), 4242, b"one", TARGET)
@@ -452,7 +453,7 @@ def test_an_idle_association_is_closed() -> None:
         assert guest.flows() == []
         proxy.threads[-1].join(DEADLINE)  # it saw the control connection end
         assert not proxy.threads[-1].is_alive()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before
 
 
 @pytest.mark.parametrize("make", [lambda: HttpProxy(), lambda: SocksProxy(udp=False),

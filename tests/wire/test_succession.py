@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from shm import build_dataplane
 from shm._dataplane import ffi, lib
+from tests.fds import open_fds
 from tests.harness import (
     DEADLINE,
     GATEWAY,
@@ -330,7 +331,7 @@ def with_contents(found: Packets, data: bytes) -> Packets:
 
 
 def nothing_is_open(before: int) -> bool:
-    return len(os.listdir("/proc/self/fd")) == before
+    return len(open_fds()) == before
 
 
 @contextmanager
@@ -442,7 +443,7 @@ def _damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
           suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_lies_there_is_taken_or_refused(damage: list[Callable[[bytes], bytes]]) -> None:
     """Damage that the sum does not show. No crash, no descriptor left open, and the stage works."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     with busy() as guest:
         found = packets(guest.estate[1])
         data = contents(found)
@@ -459,7 +460,7 @@ def test_whatever_lies_there_is_taken_or_refused(damage: list[Callable[[bytes], 
 @given(sent=st.lists(st.tuples(st.binary(max_size=40), st.integers(0, 3)), max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_any_packets_there_are_taken_or_refused(sent: list[tuple[bytes, int]]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     with EgressOnly(flows=16) as guest:
         guest.leave()
         for _, fds in packets(guest.estate[1]):
