@@ -58,6 +58,9 @@ struct rn_session {
 	alignas(RN_CACHE_LINE) struct rn_cell cells[RN_STAGES_MAX];
 	struct rn_event_log log[RN_STAGES_MAX];
 	alignas(RN_CACHE_LINE) struct rn_latency latency[RN_STAGES_MAX][RN_STAGES_MAX]; /* [to][from] */
+	/* Frames that the link gave and took, each stage's added before it sleeps. relaxed: for rn_busy_wait.c's guesses. */
+	alignas(RN_CACHE_LINE) _Atomic uint64_t from_guest;
+	_Atomic uint64_t to_guest;
 };
 
 /* CFFI BEGIN */

@@ -7,7 +7,7 @@
  * control messages and the stage's own sockets are served under load too. When turn() is idle, everything
  * that could give it work is armed and looked at once more (rn_ring.h explains why that cannot miss a wake),
  * the cell says asleep, and epoll_wait blocks until a neighbour rings the doorbell, a descriptor is ready, or
- * the stage's next timer is due.
+ * the stage's next timer is due; at first it only looks, where that is likely to pay (rn_busy_wait.h).
  *
  * Why an idle turn may not sleep yet: a turn that stopped for want of a buffer may itself have freed buffers
  * after it stopped. It sees more free ones at its end than at its beginning; another turn is then due, and at
@@ -723,6 +723,7 @@ int rn_stage_arm(struct rn_stage *s)
 		return r < 0 ? r : 1;
 	}
 	s->c[RN_C_sleeps]++;
+	rn_busy_tell(s);
 	publish_counters(s);
 	if (s->cell)
 		atomic_store_explicit(&s->cell->asleep, 1, memory_order_relaxed);
@@ -825,7 +826,7 @@ static int dispatch(struct rn_stage *s, const struct epoll_event *ev, int n)
 static int run_loop(struct rn_stage *s)
 {
 	struct epoll_event ev[EVENTS_MAX];
-	uint64_t since = rn_now_ns();
+	uint64_t since = rn_now_ns(), began, due;
 	uint32_t busy = 0;
 
 	if (!s->ops || !s->ops->turn) {
@@ -870,7 +871,11 @@ static int run_loop(struct rn_stage *s)
 				return RN_RUN_SIGNAL;
 			continue;
 		}
-		n = epoll_wait(s->epfd, ev, EVENTS_MAX, timeout_ms(deadline(s)));
+		due = deadline(s);
+		began = rn_now_ns();
+		n = rn_busy_wait(s, ev, EVENTS_MAX, began, due);
+		if (!n)
+			n = epoll_wait(s->epfd, ev, EVENTS_MAX, timeout_ms(due));
 		err = n < 0 ? errno : 0;
 		disarm(s);
 		if (RN_UNLIKELY(err == EINTR))
@@ -881,6 +886,7 @@ static int run_loop(struct rn_stage *s)
 		}
 		busy = 0;
 		since = rn_now_ns();
+		s->busy.last_ns = since - began;
 		if (dispatch(s, ev, n))
 			return RN_RUN_CONTROL;
 		if (RN_UNLIKELY(rn_stage_stopped(s)))

@@ -9,6 +9,7 @@
 #define RN_STAGE_H
 
 #include "rn_arena.h"
+#include "rn_busy_wait.h"
 #include "rn_impair.h"
 #include "rn_layout.h"
 #include "rn_ring.h"
@@ -57,6 +58,8 @@ int rn_stage_set_control(struct rn_stage *s, int fd);
 /* Readable when a signal came that Python is to handle: rn_stage_run() returns RN_RUN_CONTROL. A signal that comes just
  * before the loop blocks interrupts nothing. */
 int rn_stage_set_wake(struct rn_stage *s, int fd);
+/* Look on for at most so many us before going to sleep (rn_busy_wait.h), 0: never. -EINVAL: more than 1000. */
+int rn_stage_busy_wait(struct rn_stage *s, uint32_t us);
 /* For a successor, after the grants: what its dead generation had handed on already leaves the input rings, and what it
  * held in no ring goes back to its owner. */
 int rn_stage_recover(struct rn_stage *s);
@@ -145,6 +148,7 @@ struct rn_stage {
 	uint64_t now; /* CLOCK_MONOTONIC ns, read once a turn */
 	uint64_t clock; /* ns, or 0: rn_stage_clock() */
 	uint64_t pace;	/* frames_in at which it stands still; UINT64_MAX: never */
+	struct rn_busy_wait busy;
 	uint64_t c[RN_NCOUNTERS];
 	/* The log (rn_event.h): of each counter, what was told of it, and how many more may be in this window. */
 	uint64_t told[RN_NCOUNTERS];

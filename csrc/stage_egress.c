@@ -783,6 +783,7 @@ static int write_direct(struct egress *e, uint8_t *eth, uint32_t len, int has_vn
 	}
 	rn_tap_done(s);
 	s->c[RN_C_direct_frames]++;
+	s->busy.down_here++;
 	return 1;
 }
 

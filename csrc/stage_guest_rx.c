@@ -112,6 +112,7 @@ static int write_link(struct rn_stage *s, struct stage_guest_rx *g, const uint8_
 	} else {
 		s->c[RN_C_frames_out]++;
 		s->c[RN_C_bytes_out] += len;
+		s->busy.down_here++;
 		if (g->pcap)
 			rn_pcap_frame(g->pcap, eth, len);
 	}

@@ -281,6 +281,7 @@ static int guest_tx_turn(struct rn_stage *s)
 		}
 		s->c[RN_C_frames_in]++;
 		s->c[RN_C_bytes_in] += (uint64_t)len;
+		s->busy.up_here++;
 		if (t->pcap) /* also what is dropped: one captures to see why */
 			rn_pcap_frame(t->pcap, eth, (uint32_t)len);
 		rn_tap_frame(s, RN_TAP_LINK, RN_PCAP_FROM_GUEST, eth, (uint32_t)len);

@@ -127,6 +127,7 @@ class Configure(Message, kw_only=True):
     impair: tuple[Impair, ...] = ()  # --impair, as far as it is this stage's
     names_size: int = 0  # 0: not granted
     names_write: bool = False  # else its mapping is read-only
+    busy_wait_us: Annotated[int, Meta(ge=0, le=1000)] = 0  # csrc/rn_busy_wait.h
 
     def carries(self) -> int:
         return len(self.fds)

@@ -159,6 +159,7 @@ class StageContext:
         for i in conf.impair:
             spec = ffi.new("struct rn_impair_spec *", i.spec())
             _check(lib.rn_stage_set_impair(self.stage, i.output, spec), f"--impair {i.place}", self.stage)
+        _check(lib.rn_stage_busy_wait(self.stage, conf.busy_wait_us), "--busy-wait", self.stage)
         if conf.generation > 1:
             _check(lib.rn_stage_recover(self.stage), "what the last generation left", self.stage)
         self.fds = fds

@@ -1149,7 +1149,8 @@ class Session:
             flows_size=mem.flows.size if decl.flows else 0, names_size=mem.names.size if decl.names else 0,
             names_write=decl.names == "write", inputs=tuple(inputs), outputs=tuple(outputs),
             fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
-            impair=tuple(i for _, i in self.impairments.values() if i.stage == name))
+            impair=tuple(i for _, i in self.impairments.values() if i.stage == name),
+            busy_wait_us=self.settings.busy_wait if len(os.sched_getaffinity(0)) > 1 else 0)
         if (size := len(encode(message))) > PACKET_MAX:  # long lists of --policy and --no-proxy
             self._fail(child, f"its settings take {size} bytes, at most {PACKET_MAX}: make lists of options shorter")
             return

@@ -22,8 +22,8 @@ KINDS = {
 def program(request, tmp_path_factory):
     """Command that runs stage_loop; stages left unfreed are no leak worth a report."""
     path = tmp_path_factory.mktemp("loop") / f"stage_loop_{request.param}"
-    names = ("stage", "ring", "arena", "session", "impair", "link", "link_segments", "link_stream", "link_burst", "gso", "gro", "unfinished", "csum", "tap",
-             "mirror", "filter", "event", "trace")
+    names = ("stage", "busy_wait", "ring", "arena", "session", "impair", "link", "link_segments", "link_stream", "link_burst",
+             "gso", "gro", "unfinished", "csum", "tap", "mirror", "filter", "event", "trace")
     sources = [HERE / "stage_loop.c", *(CSRC / f"rn_{n}.c" for n in names)]
     subprocess.run([os.environ.get("CC", "gcc"), *FLAGS, *KINDS[request.param], f"-I{CSRC}", *map(str, sources),
                     "-o", str(path), "-lpthread"], check=True)
