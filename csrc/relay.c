@@ -181,6 +181,7 @@ int relay_in_turn(struct rn_stage *s, struct relay_in *r)
 		}
 		s->c[RN_C_frames_in]++;
 		s->c[RN_C_bytes_in] += (uint64_t)len;
+		s->busy.up_here += r->c.frames == RN_C_nic2_up_frames;
 		rn_tap_frame(s, r->tap, r->dir, eth, (uint32_t)len);
 		if (frame_ok(s, r, eth, (uint32_t)len, &flags))
 			hand_on(s, r, eth, (uint32_t)len, flags);
@@ -223,6 +224,7 @@ static int write_link(struct rn_stage *s, struct relay_out *r, const uint8_t *et
 	}
 	s->c[RN_C_frames_out]++;
 	s->c[RN_C_bytes_out] += len;
+	s->busy.down_here += r->c.frames == RN_C_nic2_down_frames;
 	count(s, r->c.frames, 1);
 	count(s, r->c.bytes, len);
 	return 1;

@@ -24,7 +24,7 @@
 #define TAKEN_NS 500000ull /* of a sched_yield(): somebody who computes has that CPU, not one who answers */
 #define BUSY_NS 10000000ull
 #define BACKOFF_MAX 6u /* doublings */
-#define PAID 256u /* waits that paid, to halve it again */
+#define CALM_NS 1000000000ull /* without a reason to hold off, to halve it again */
 
 int rn_stage_busy_wait(struct rn_stage *s, uint32_t us)
 {
@@ -69,15 +69,16 @@ static void hold_off(struct rn_busy_wait *w, uint64_t now, uint64_t ns)
 {
 	w->not_before = now + (ns << w->backoff);
 	w->backoff += w->backoff < BACKOFF_MAX;
-	w->vain = w->paid = 0;
+	w->vain = 0;
+	w->calm_at = now;
 }
 
 static void paid(struct rn_busy_wait *w, uint64_t now, uint64_t waited)
 {
 	w->vain = 0;
-	if (++w->paid >= PAID) {
-		w->paid = 0;
-		w->backoff -= w->backoff > 0;
+	if (w->backoff && now - w->calm_at >= CALM_NS) {
+		w->backoff--;
+		w->calm_at = now;
 	}
 	w->quick = waited < QUICK_NS ? w->quick + 1 : 0;
 	if (w->quick >= QUICK) {

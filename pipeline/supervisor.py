@@ -71,6 +71,7 @@ from pipeline.messages import (
     encode,
 )
 from pipeline.policy import PolicyBook
+from pipeline.processors import processors
 from pipeline.seats import Seats
 from pipeline.sockets import widen
 from pipeline.topology import TOPOLOGY, Feature, Stage, Topology
@@ -1150,7 +1151,7 @@ class Session:
             names_write=decl.names == "write", inputs=tuple(inputs), outputs=tuple(outputs),
             fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
             impair=tuple(i for _, i in self.impairments.values() if i.stage == name),
-            busy_wait_us=self.settings.busy_wait if len(os.sched_getaffinity(0)) > 1 else 0)
+            busy_wait_us=self.settings.busy_wait if processors() >= 2 else 0)
         if (size := len(encode(message))) > PACKET_MAX:  # long lists of --policy and --no-proxy
             self._fail(child, f"its settings take {size} bytes, at most {PACKET_MAX}: make lists of options shorter")
             return

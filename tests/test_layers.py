@@ -39,7 +39,7 @@ CONTROL |= {"nic2_backends", "vm_nic2", "tap_offloads"}
 # Those that look at a session from outside, or tell of it.
 DECLARATIONS |= {"logs", "log_handler"}
 COMMANDS |= {"top", "flows", "doctor", "manual", "bench"}
-CONTROL |= {"look", "metrics", "service_manager", "watchdog", "procs", "peers", "bench_lab"}
+CONTROL |= {"look", "metrics", "service_manager", "watchdog", "procs", "processors", "peers", "bench_lab"}
 
 
 def layer(module: str) -> str:
