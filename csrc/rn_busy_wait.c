@@ -24,7 +24,7 @@
 #define TAKEN_NS 500000ull /* of a sched_yield(): somebody who computes has that CPU, not one who answers */
 #define BUSY_NS 10000000ull
 #define BACKOFF_MAX 6u /* doublings */
-#define CALM_NS 1000000000ull /* without a reason to hold off, to halve it again */
+#define CALM 10u /* times as long as it was held off: a reason after that is a new one */
 
 int rn_stage_busy_wait(struct rn_stage *s, uint32_t us)
 {
@@ -67,19 +67,15 @@ static int pays(struct rn_stage *s, uint64_t now)
 
 static void hold_off(struct rn_busy_wait *w, uint64_t now, uint64_t ns)
 {
-	w->not_before = now + (ns << w->backoff);
-	w->backoff += w->backoff < BACKOFF_MAX;
+	w->backoff = now - w->not_before > CALM * w->held_ns ? 0 : w->backoff + (w->backoff < BACKOFF_MAX);
+	w->held_ns = ns << w->backoff;
+	w->not_before = now + w->held_ns;
 	w->vain = 0;
-	w->calm_at = now;
 }
 
 static void paid(struct rn_busy_wait *w, uint64_t now, uint64_t waited)
 {
 	w->vain = 0;
-	if (w->backoff && now - w->calm_at >= CALM_NS) {
-		w->backoff--;
-		w->calm_at = now;
-	}
 	w->quick = waited < QUICK_NS ? w->quick + 1 : 0;
 	if (w->quick >= QUICK) {
 		w->quick = 0;

@@ -26,7 +26,7 @@ struct rn_busy_wait {
 	uint64_t up, down;	/* frames from and to the guest, of the session, as last seen, */
 	uint64_t up_at, down_at; /* and when they were seen to have grown */
 	uint64_t up_here, down_here; /* moved by this stage, and not told the session yet */
-	uint64_t calm_at;	/* of the last reason to hold off, or step back from it */
+	uint64_t held_ns;	/* how long it was, when it was held off last */
 	uint32_t vain, quick, backoff;
 };
 

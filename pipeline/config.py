@@ -193,7 +193,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     promote: Annotated[int, _opt("segments with data after which a flow is run by the link's stages, without a hop; 0: never",
                                  "", "N", ge=0, le=1000000)] = 8
     busy_wait: Annotated[int, _opt("us that a stage looks on before it sleeps, while guest and host talk in turn (docs/performance.md);"
-                                   " 0: never", "", "US", ge=0, le=1000)] = 60
+                                   " 0: never", "", "US", ge=0, le=1000)] = 100
     cpus: Annotated[tuple[str, ...], _opt("CPUs a stage may run on, like guest_tx=0, egress=0,1 or 0-3 for all stages; may be"
                                           " repeated. Without it the kernel decides", "", "STAGE=LIST")] = ()
     seed: Annotated[int, _opt("for tests: repeatable sequence numbers; 0 is random", "", "N", ge=0)] = 0
