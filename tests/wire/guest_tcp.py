@@ -105,6 +105,7 @@ class GuestTcp:
         self.rcv_nxt = 0
         self.irs = 0
         self.peer_wscale = 0
+        self.edge = 0  # of the window that the SYN-ACK offered
         self.mac = GUEST_MAC  # what it sends from
 
     def send(self, flags: int, data: bytes = b"", *, seq: int | None = None, ack: int | None = None,
@@ -190,6 +191,7 @@ class GuestTcp:
         assert sa.ack == (self.isn + 1) & M32
         self.snd_nxt, self.irs, self.rcv_nxt = sa.ack, sa.seq, (sa.seq + 1) & M32
         self.peer_wscale = sa.wscale or 0
+        self.edge = (sa.ack + sa.wnd) & M32  # not scaled (RFC 7323 2.2)
         self.send(ACK | (PSH if data else 0), data)
         self.snd_nxt = (self.snd_nxt + len(data)) & M32
         return sa

@@ -52,6 +52,13 @@ def settle(wire: Wire, g: GuestTcp, host: socket.socket) -> None:
         assert time.monotonic() < end, f"not promoted: {owners(wire, g.sport)}"
 
 
+def edge_of(wire: Wire, g: GuestTcp) -> int:
+    """Of the window that the guest was told of, or of 64 KiB of it."""
+    flow = flow_of(wire, g.sport)
+    assert flow is not None
+    return (g.snd_nxt + min((flow.rcv_adv - g.snd_nxt) & M32, 65535)) & M32
+
+
 @contextlib.contextmanager
 def promoted(wire: Wire, **guest) -> Iterator[tuple[GuestTcp, socket.socket]]:
     with connection(wire, **guest) as (g, host):
@@ -390,9 +397,9 @@ def test_what_lies_past_the_window_is_not_taken(wire: Wire) -> None:
         both_ways(g, host)
 
 
-def fill(g: GuestTcp, most: int = 1 << 30) -> int:
+def fill(wire: Wire, g: GuestTcp, most: int = 1 << 30) -> int:
     """Send until the window is closed, and stays so for half a second, or so many bytes: how many."""
-    sent, edge = 0, (g.snd_nxt + 65535) & M32
+    sent, edge = 0, edge_of(wire, g)
     while sent < most:
         n = min(1400, (edge - g.snd_nxt) & M32)
         if n:
@@ -409,7 +416,7 @@ def fill(g: GuestTcp, most: int = 1 << 30) -> int:
 def test_a_closed_window_opens_also_if_egress_has_the_flow_by_then(wire: Wire) -> None:
     """A segment outside the window gives the half to egress, so that guest_tx hears of room in vain."""
     with promoted(wire, mss=1400) as (g, host):
-        sent = fill(g)
+        sent = fill(wire, g)
         g.send(ACK | PSH, b"outside", seq=g.snd_nxt + 1_000_000)
         g.fence()
         assert read_exactly(host, sent) == b"f" * sent
@@ -425,7 +432,7 @@ def test_a_slow_reader_loses_nothing_and_costs_nothing(wire: Wire) -> None:
     stage that waits for more must not be told of that little again and again (ARCBOX fault 16)."""
     with promoted(wire, mss=1400) as (g, host):
         host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
-        rnd, sent, edge = random.Random(7), bytearray(), (g.snd_nxt + 65535) & M32
+        rnd, sent, edge = random.Random(7), bytearray(), edge_of(wire, g)
         busy = 0.0
         while True:
             room = (edge - g.snd_nxt) & M32
@@ -595,7 +602,7 @@ def test_flows_that_cannot_go_on_are_not_looked_at(wire: Wire) -> None:
         for k in range(9):
             g, host = stack.enter_context(promoted(wire, mss=1400))
             host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
-            sent = fill(g, most * (100 - 4 * k) // 100)
+            sent = fill(wire, g, most * (100 - 4 * k) // 100)
             most = sent if k == 0 else most
         g.fence()
         time.sleep(0.05)  # ACKs that wait for an answer, 4 ms
