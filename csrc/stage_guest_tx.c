@@ -124,7 +124,7 @@ static int frame_ok(struct rn_stage *s, const struct stage_guest_tx *t, uint8_t 
 
 /* Onto the ring to classify, or to egress with @p, what was parsed of it. The frame is in *@large, which is NULL afterwards
  * if it went as well. */
-static void emit(struct rn_stage *s, struct stage_guest_tx *t, struct rn_buf **large, uint8_t *eth, uint32_t len, uint16_t flags,
+static void emit(struct rn_stage *s, struct rn_buf **large, uint8_t *eth, uint32_t len, uint16_t flags,
 		 const struct rn_parsed *p)
 {
 	struct rn_buf *b;
@@ -148,11 +148,9 @@ static void emit(struct rn_stage *s, struct stage_guest_tx *t, struct rn_buf **l
 	s->c[RN_C_bytes_out] += len;
 	if (p) /* egress begins while we look whether there is more: a connection is short */
 		rn_stage_publish_now(s, RN_ROLE_BRIDGE);
-	if (t->fast)
-		fast_up_sent(t->fast);
 }
 
-/* Frames that are held go to the host; what it does not take, on. */
+/* Frames that are held go to the host; what it does not take, on. The caller has fast_up_sent() behind the last. */
 static void settle(struct rn_stage *s, struct stage_guest_tx *t)
 {
 	const struct fast_frame *h;
@@ -162,7 +160,7 @@ static void settle(struct rn_stage *s, struct stage_guest_tx *t)
 		struct rn_buf *b = (struct rn_buf *)(h->eth - RN_BUF_ETH_OFF);
 
 		if (!h->done)
-			emit(s, t, &b, h->eth, h->len, h->flags, t->bypass ? &h->p : NULL);
+			emit(s, &b, h->eth, h->len, h->flags, t->bypass ? &h->p : NULL);
 		else if (RN_UNLIKELY(h->began))
 			rn_stage_inline_end(s, h->began);
 		rn_buf_free(&s->pool, b);
@@ -184,8 +182,10 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 		}
 		if (way == FAST_UP_HELD) {
 			t->spare = NULL;
-			if (fast_up_full(t->fast))
+			if (fast_up_full(t->fast)) {
 				settle(s, t);
+				fast_up_sent(t->fast);
+			}
 			return;
 		}
 		if (way == FAST_UP_DONE) {
@@ -194,7 +194,9 @@ static void hand_on(struct rn_stage *s, struct stage_guest_tx *t, uint8_t *eth, 
 			return;
 		}
 	}
-	emit(s, t, &t->spare, eth, len, flags, way == FAST_UP_BRIDGE ? &p : NULL);
+	emit(s, &t->spare, eth, len, flags, way == FAST_UP_BRIDGE ? &p : NULL);
+	if (t->fast)
+		fast_up_sent(t->fast);
 }
 
 /* Where the next frame goes, with room for it to go on: the Ethernet header's place, or NULL. */
@@ -295,6 +297,7 @@ static int guest_tx_turn(struct rn_stage *s)
 		n += arrived(s, t, im);
 	if (t->fast) {
 		settle(s, t);
+		fast_up_sent(t->fast);
 		(void)fast_up_flush(t->fast); /* what is left waits for what it asked for */
 	}
 	if (t->pcap) {

@@ -306,6 +306,7 @@ class Session:
                  warn: Callable[[str], None] | None = None, name: str = "") -> None:
         """name: what the session is called in commands that are printed."""
         self.settings = settings
+        self._busy_wait_us = settings.busy_wait if processors() >= 2 else 0
         self.name = name
         self.link = link
         parts = {Feature.NIC1, Feature.NIC2} if nic2 is not None else {Feature.NIC1}
@@ -1151,7 +1152,7 @@ class Session:
             names_write=decl.names == "write", inputs=tuple(inputs), outputs=tuple(outputs),
             fds=tuple(n for n, _ in grants), config=msgspec.Raw(msgspec.msgpack.encode(config)),
             impair=tuple(i for _, i in self.impairments.values() if i.stage == name),
-            busy_wait_us=self.settings.busy_wait if processors() >= 2 else 0)
+            busy_wait_us=self._busy_wait_us)
         if (size := len(encode(message))) > PACKET_MAX:  # long lists of --policy and --no-proxy
             self._fail(child, f"its settings take {size} bytes, at most {PACKET_MAX}: make lists of options shorter")
             return
